@@ -1,0 +1,94 @@
+"""Create the tables: `python init_db.py`. The only moment at which tables are ever created."""
+
+import os
+import secrets
+from typing import Any
+
+from sqlalchemy import (
+    Connection,
+    Table,
+    UniqueConstraint,
+    create_engine,
+    func,
+    inspect,
+    select,
+)
+from sqlalchemy.exc import DBAPIError
+
+# Importing main reads every setting. This command needs DATABASE_URL alone: it signs no token and
+# hashes no password, so it answers for the other settings itself.
+os.environ |= {"JWT_SECRET": secrets.token_hex(32)}
+os.environ |= {"ACCESS_TOKEN_MINUTES": "30", "BCRYPT_ROUNDS": "4"}
+
+from main import CONNECT_ARGS, DATABASE_URL, Base, cause, refuse
+
+LOCK = 0x61757468  # any number will do, as long as every init_db.py takes the same
+
+
+def describe(
+    connection: Connection, column_type: Any, nullable: bool, default: Any
+) -> str:
+    """A column in SQL's words, such as "BOOLEAN NOT NULL, with a default"."""
+    words = column_type.compile(connection.dialect)
+    return (
+        words
+        + (" NULL" if nullable else " NOT NULL")
+        + (", with a default" if default else "")
+    )
+
+
+def differences(connection: Connection, table: Table) -> list[str]:
+    """What the table in the database lacks of the one in the model, a line per column."""
+    inspector, lines = inspect(connection), []
+    found = {
+        column["name"]: describe(
+            connection, column["type"], column["nullable"], column["default"]
+        )
+        for column in inspector.get_columns(table.name)
+    }
+    for column in table.columns:
+        wanted = describe(
+            connection, column.type, column.nullable, column.server_default
+        )
+        if found.get(column.name) != wanted:
+            lines.append(
+                f"{column.name} is {found.get(column.name, 'missing')}, not {wanted}"
+            )
+    unique = [
+        set(c["column_names"]) for c in inspector.get_unique_constraints(table.name)
+    ]
+    for constraint in table.constraints:
+        names = set(constraint.columns.keys())
+        if isinstance(constraint, UniqueConstraint) and names not in unique:
+            lines.append(f"{', '.join(sorted(names))} is not UNIQUE")
+    return lines
+
+
+def init_db() -> None:
+    """Create the tables that are missing and say so, in one transaction, one caller at a time.
+
+    Exits without a change when a table exists but differs from the model, for `create_all`
+    leaves such a table as it is, and when the database cannot be reached.
+    """
+    engine = create_engine(
+        DATABASE_URL, connect_args=CONNECT_ARGS, hide_parameters=True
+    )
+    try:
+        with engine.begin() as connection:
+            connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
+            there = inspect(connection).get_table_names()
+            Base.metadata.create_all(connection)
+            for table in Base.metadata.sorted_tables:
+                if lines := differences(connection, table):
+                    refuse(
+                        f"table {table.name} differs from the model: {'; '.join(lines)}"
+                    )
+    except DBAPIError as error:
+        where = DATABASE_URL.host or DATABASE_URL.query.get("host", "the local socket")
+        refuse(f"cannot create tables at {where}: {cause(error)}")
+    for table in Base.metadata.sorted_tables:
+        print(f"{table.name}: {'already there' if table.name in there else 'created'}")
+
+
+if __name__ == "__main__":
+    init_db()

@@ -1,0 +1,353 @@
+"""Authentication service: register, log in, get an access token, use it.
+
+Made to be read from top to bottom: settings, database, schemas, passwords, tokens,
+dependencies, errors, routes. It creates no table; `python init_db.py` does, once.
+"""
+
+import asyncio
+import logging
+import os
+import re
+import selectors
+import sys
+import time
+import unicodedata
+import uuid
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Annotated, Any, Literal, NoReturn
+
+import bcrypt
+import jwt
+import psycopg
+from email_validator import EmailNotValidError, validate_email
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from sqlalchemy import DateTime, bindparam, event, func, make_url, select, true
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+# A child of uvicorn's own logger, so that plain `uvicorn main:app` shows its lines.
+log = logging.getLogger("uvicorn.auth")
+
+
+# --- Settings: environment variables, read once, here -----------------------------
+def refuse(problem: str) -> NoReturn:
+    """Exit with one line on stderr; status 3 stops `uvicorn --workers` as well."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(3)
+
+
+def whole_number(name: str, default: int, least: int, most: int) -> int:
+    """The variable `name` as a number from `least` to `most`; exits if it is none."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+        refuse(f"{name} is not a whole number from {least} to {most}, like {default}")
+    return int(text)
+
+
+_url = os.environ.get("DATABASE_URL", "")
+if not _url:
+    refuse("DATABASE_URL is not set: quote it in .env, then: set -a; . ./.env; set +a")
+try:  # psycopg 3, by name; older documentation and hosts print postgres://
+    DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
+    (DATABASE_URL.host or "").encode("idna")  # as looking it up does
+except (ArgumentError, ValueError):
+    DATABASE_URL = None
+if DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg":
+    refuse("DATABASE_URL is not like postgresql://user:password@host/database")
+
+JWT_SECRET = os.fsencode(os.environ.get("JWT_SECRET", ""))
+if len(JWT_SECRET) < 32:  # RFC 7518 §3.2
+    refuse("JWT_SECRET is not set to 32 bytes or more, make it: openssl rand -hex 32")
+
+ACCESS_TOKEN_SECONDS = 60 * whole_number("ACCESS_TOKEN_MINUTES", 30, 1, 999_999_999)
+BCRYPT_ROUNDS = whole_number("BCRYPT_ROUNDS", 12, 4, 31)
+DEADLINE_SECONDS = 15
+
+
+# --- Database: engine, session, model ---------------------------------------------
+# prepare_threshold: behind a pooler, the next statement may meet another connection.
+CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
+
+# AUTOCOMMIT: a request is one statement, so no BEGIN or COMMIT costs a round trip.
+# Writes that belong together need a transaction. Begin with this, end with commit():
+#   await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+engine = create_async_engine(
+    DATABASE_URL,
+    isolation_level="AUTOCOMMIT",
+    connect_args=CONNECT_ARGS,
+    pool_size=20,
+    max_overflow=0,
+    pool_recycle=280,  # seconds; Neon suspends after 300 idle ones
+    pool_use_lifo=True,  # a few busy connections rather than twenty resting ones
+    hide_parameters=True,  # keeps hashes out of errors
+)
+
+
+@event.listens_for(engine.sync_engine, "checkout")
+def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
+    """Test a connection that rested 5 seconds, or holds input: the server's goodbye.
+
+    When it fails, the pool replaces it and all others of its age. `pool_pre_ping=True`
+    is the same in a word, but tests each time: two round trips for every request.
+    """
+    now = time.monotonic()
+    rested = now - record.info.get("used", now)
+    record.info["used"] = now
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection.driver_connection, selectors.EVENT_READ)
+        if rested < 5 and not selector.select(timeout=0):
+            return
+    try:
+        engine.dialect.do_ping(connection)
+    except psycopg.Error as error:
+        raise InvalidatePoolError from error
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class User(Base):
+    __tablename__ = "users"
+
+    # Random, so that a token from a dropped table names nobody in the next one.
+    id: Mapped[uuid.UUID] = mapped_column(
+        primary_key=True, server_default=func.gen_random_uuid()
+    )
+    email: Mapped[str] = mapped_column(unique=True)
+    hashed_password: Mapped[str]
+    is_active: Mapped[bool] = mapped_column(server_default=true())
+    created_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now()
+    )
+
+
+# Built once: composing a statement takes longer than running it.
+ADD_USER = insert(User).on_conflict_do_nothing().returning(User)
+USER_BY_EMAIL = select(User).where(User.email == bindparam("email"), User.is_active)
+USER_BY_ID = select(User).where(User.id == bindparam("id"), User.is_active)
+
+
+# --- Schemas: what comes in, what goes out ----------------------------------------
+def normalize_email(email: str) -> str:
+    """The one spelling that an address is kept under: lower case, no blanks around."""
+    try:
+        email = email.strip().lower()
+        return validate_email(email, check_deliverability=False).normalized
+    except EmailNotValidError:  # whose own text quotes the input
+        raise ValueError("not an email address") from None
+
+
+def normalize_password(password: str) -> str:
+    """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4)."""
+    password = unicodedata.normalize("NFC", password)
+    if len(password.encode()) > 72:  # bcrypt reads no more
+        raise ValueError("password is longer than 72 bytes of UTF-8")
+    return password
+
+
+def check_length(password: str) -> str:
+    if len(password) < 8:
+        raise ValueError("password is shorter than 8 characters")
+    return password
+
+
+Email = Annotated[str, AfterValidator(normalize_email)]
+Password = Annotated[str, AfterValidator(normalize_password)]
+
+
+class Credentials(BaseModel):
+    email: Email = Field(json_schema_extra={"format": "email"})
+    password: Password  # of any length: at login a short guess is just wrong
+
+
+class Registration(Credentials):
+    password: Annotated[Password, AfterValidator(check_length)]
+
+
+class UserOut(BaseModel):
+    model_config = ConfigDict(from_attributes=True)
+
+    id: uuid.UUID
+    email: str
+    is_active: bool
+    created_at: datetime
+
+
+class AccessToken(BaseModel):
+    access_token: str
+    token_type: Literal["bearer"] = "bearer"
+    expires_in: int = Field(ACCESS_TOKEN_SECONDS, description="seconds")
+
+
+class Problem(BaseModel):
+    detail: str
+
+
+# --- Passwords and tokens: bcrypt, JWT --------------------------------------------
+# One thread per core: logins can fill the cores, yet never the event loop.
+hashing = ThreadPoolExecutor(os.cpu_count())
+
+# A hash that nobody has: checking it makes an unknown address cost what a known does.
+NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
+
+
+async def hash_password(password: str) -> str:
+    """The bcrypt hash of a password; at 12 rounds it takes about 0.2 seconds."""
+    job = (bcrypt.hashpw, password.encode(), bcrypt.gensalt(BCRYPT_ROUNDS))
+    return (await asyncio.get_running_loop().run_in_executor(hashing, *job)).decode()
+
+
+async def check_password(password: str, hashed_password: str) -> bool:
+    """Whether a hash is of this password; takes as long as hashing it."""
+    job = (bcrypt.checkpw, password.encode(), hashed_password.encode())
+    return await asyncio.get_running_loop().run_in_executor(hashing, *job)
+
+
+def issue_token(user_id: uuid.UUID) -> str:
+    """An access token for a user: a JWT, good for ACCESS_TOKEN_SECONDS from now."""
+    now = int(time.time())
+    claims = {"sub": str(user_id), "iat": now, "exp": now + ACCESS_TOKEN_SECONDS}
+    return jwt.encode(claims, JWT_SECRET, "HS256")
+
+
+def read_token(token: str) -> uuid.UUID:
+    """The user id in an access token. Raises jwt.InvalidTokenError or ValueError."""
+    required = {"require": ["sub", "iat", "exp"]}
+    # The algorithm is ours to say, never the token's (RFC 8725 §3.1).
+    claims = jwt.decode(token, JWT_SECRET, algorithms=["HS256"], options=required)
+    return uuid.UUID(claims["sub"])
+
+
+# --- Dependencies: what a route asks for in its signature -------------------------
+async def deadline() -> AsyncIterator[None]:
+    """The limit of every request: TimeoutError after DEADLINE_SECONDS."""
+    async with asyncio.timeout(DEADLINE_SECONDS):
+        yield
+
+
+async def get_session() -> AsyncIterator[AsyncSession]:
+    """A session: it takes a connection at its first statement, and returns it."""
+    async with AsyncSession(engine, expire_on_commit=False) as session:
+        yield session
+
+
+# scope="function": over before the response is sent, however slow the reader.
+SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
+BearerDep = Annotated[
+    HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
+]
+
+
+def unauthorized(detail: str, error: str = "") -> HTTPException:
+    """A 401 with its challenge; `error` only when a token was sent (RFC 6750 §3)."""
+    challenge = 'Bearer realm="auth"' + (f', error="{error}"' if error else "")
+    return HTTPException(401, detail, headers={"WWW-Authenticate": challenge})
+
+
+async def get_current_user_id(bearer: BearerDep) -> uuid.UUID:
+    """The user id in the access token, without asking the database. Raises 401."""
+    if bearer is None:
+        raise unauthorized("Not authenticated")
+    try:
+        return read_token(bearer.credentials)
+    except (jwt.InvalidTokenError, ValueError):
+        raise unauthorized("Invalid access token", "invalid_token") from None
+
+
+CurrentUserId = Annotated[uuid.UUID, Depends(get_current_user_id)]
+
+
+async def get_current_user(user_id: CurrentUserId, session: SessionDep) -> User:
+    """The active user whom the access token names. Raises 401, also if there is none."""
+    user = await session.scalar(USER_BY_ID, {"id": user_id})
+    if user is None:
+        raise unauthorized("Invalid access token", "invalid_token")
+    return user
+
+
+CurrentUser = Annotated[User, Depends(get_current_user)]
+
+
+# --- Application and errors -------------------------------------------------------
+PROBLEM = {"model": Problem}
+TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+app = FastAPI(
+    title="auth",
+    dependencies=[Depends(deadline, scope="function")],
+    max_body_size=16 * 1024,  # bytes
+    on_shutdown=[engine.dispose],
+    responses={413: TOO_LARGE, 503: PROBLEM},
+)
+
+
+@app.exception_handler(RequestValidationError)
+async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+    """422, without the `input` of FastAPI's own, which sends the password back."""
+    keys = ("type", "loc", "msg")
+    detail = [{key: problem[key] for key in keys} for problem in error.errors()]
+    return JSONResponse({"detail": detail}, 422)
+
+
+def cause(error: DBAPIError) -> str:
+    """What the database said, on one line; not its DETAIL, which can quote a row."""
+    return error.orig.diag.message_primary or " ".join(str(error.orig).split())
+
+
+@app.exception_handler(TimeoutError)
+@app.exception_handler(DBAPIError)
+async def unavailable(request: Request, error: TimeoutError | DBAPIError) -> Response:
+    """503 when the database cannot serve, or nothing can in time; the log says why."""
+    detail = "Temporarily unavailable, try again"
+    if isinstance(error, TimeoutError):
+        why = f"no answer within {DEADLINE_SECONDS} seconds"
+    elif isinstance(error.orig, psycopg.errors.UndefinedTable):
+        why = detail = "There are no tables yet, create them: python init_db.py"
+    else:
+        why = cause(error)
+    log.error("%s %s: %s", request.method, request.url.path, why)
+    return JSONResponse({"detail": detail}, 503, headers={"Retry-After": "5"})
+
+
+# --- Routes -----------------------------------------------------------------------
+@app.post("/auth/register", status_code=201, responses={400: PROBLEM, 409: PROBLEM})
+async def register(new: Registration, session: SessionDep) -> UserOut:
+    """Create an account. The unique constraint decides who came first."""
+    row = {"email": new.email, "hashed_password": await hash_password(new.password)}
+    user = await session.scalar(ADD_USER, row)
+    if user is None:
+        log.info("registration refused, taken: %a", new.email)
+        raise HTTPException(409, "Email already registered")
+    log.info("registered: %a as %s", new.email, user.id)
+    return user
+
+
+@app.post("/auth/login", responses={400: PROBLEM, 401: PROBLEM})
+async def login(
+    credentials: Credentials, session: SessionDep, response: Response
+) -> AccessToken:
+    """Exchange an email and a password for an access token."""
+    user = await session.scalar(USER_BY_EMAIL, {"email": credentials.email})
+    await session.close()  # connections are few, and hashing holds none
+    hashed_password = user.hashed_password if user else NOBODYS_HASH
+    if not await check_password(credentials.password, hashed_password) or not user:
+        log.info("login refused: %a", credentials.email)
+        raise unauthorized("Wrong email or password")
+    log.info("logged in: %s", user.id)
+    response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
+    return AccessToken(access_token=issue_token(user.id))
+
+
+@app.get("/auth/me", responses={401: PROBLEM})
+async def me(user: CurrentUser) -> UserOut:
+    """The user whom the access token names: the model of a protected route."""
+    return user
