@@ -25,43 +25,51 @@ from main import CONNECT_ARGS, DATABASE_URL, Base, cause, refuse
 LOCK = 0x61757468  # any number will do, as long as every init_db.py takes the same
 
 
-def describe(
-    connection: Connection, column_type: Any, nullable: bool, default: Any
-) -> str:
-    """A column in SQL's words, such as "BOOLEAN NOT NULL, with a default"."""
-    words = column_type.compile(connection.dialect)
-    return (
-        words
-        + (" NULL" if nullable else " NOT NULL")
-        + (", with a default" if default else "")
-    )
+def describe(connection: Connection, kind: Any, nullable: bool, default: Any) -> str:
+    """A column in SQL's words, such as "BOOLEAN NOT NULL with a default"."""
+    words = kind.compile(connection.dialect) + (" NULL" if nullable else " NOT NULL")
+    return words + (" with a default" if default is not None else "")
 
 
 def differences(connection: Connection, table: Table) -> list[str]:
-    """What the table in the database lacks of the one in the model, a line per column."""
-    inspector, lines = inspect(connection), []
+    """What sets the table in the database apart from the model, a phrase per column.
+
+    A column that is not in the model counts only if an INSERT would have to fill it.
+    """
+    inspector = inspect(connection)
     found = {
         column["name"]: describe(
             connection, column["type"], column["nullable"], column["default"]
         )
         for column in inspector.get_columns(table.name)
     }
-    for column in table.columns:
-        wanted = describe(
+    wanted = {
+        column.name: describe(
             connection, column.type, column.nullable, column.server_default
         )
-        if found.get(column.name) != wanted:
-            lines.append(
-                f"{column.name} is {found.get(column.name, 'missing')}, not {wanted}"
-            )
+        for column in table.columns
+    }
     unique = [
-        set(c["column_names"]) for c in inspector.get_unique_constraints(table.name)
+        set(u["column_names"]) for u in inspector.get_unique_constraints(table.name)
     ]
-    for constraint in table.constraints:
-        names = set(constraint.columns.keys())
-        if isinstance(constraint, UniqueConstraint) and names not in unique:
-            lines.append(f"{', '.join(sorted(names))} is not UNIQUE")
-    return lines
+    return [
+        *(
+            f"{name} is {found.get(name, 'missing')}, should be {wanted[name]}"
+            for name in wanted
+            if found.get(name) != wanted[name]
+        ),
+        *(
+            f"{name} is {found[name]}, should not be there"
+            for name in found.keys() - wanted.keys()
+            if found[name].endswith(" NOT NULL")
+        ),
+        *(
+            f"{', '.join(constraint.columns.keys())} is not UNIQUE"
+            for constraint in table.constraints
+            if isinstance(constraint, UniqueConstraint)
+            and set(constraint.columns.keys()) not in unique
+        ),
+    ]
 
 
 def init_db() -> None:

@@ -160,8 +160,10 @@ def check_length(password: str) -> str:
     return password
 
 
-Email = Annotated[str, AfterValidator(normalize_email)]
-Password = Annotated[str, AfterValidator(normalize_password)]
+# A limit, any limit, also makes pydantic refuse what is no Unicode: lone surrogates.
+Text = Annotated[str, Field(max_length=1024)]
+Email = Annotated[Text, AfterValidator(normalize_email)]
+Password = Annotated[Text, AfterValidator(normalize_password)]
 
 
 class Credentials(BaseModel):
@@ -300,12 +302,12 @@ async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
 
 def cause(error: DBAPIError) -> str:
     """What the database said, on one line; not its DETAIL, which can quote a row."""
-    return error.orig.diag.message_primary or " ".join(str(error.orig).split())
+    return " ".join((error.orig.diag.message_primary or str(error.orig)).split())
 
 
 @app.exception_handler(TimeoutError)
 @app.exception_handler(DBAPIError)
-async def unavailable(request: Request, error: TimeoutError | DBAPIError) -> Response:
+async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONResponse:
     """503 when the database cannot serve, or nothing can in time; the log says why."""
     detail = "Temporarily unavailable, try again"
     if isinstance(error, TimeoutError):
@@ -314,7 +316,7 @@ async def unavailable(request: Request, error: TimeoutError | DBAPIError) -> Res
         why = detail = "There are no tables yet, create them: python init_db.py"
     else:
         why = cause(error)
-    log.error("%s %s: %s", request.method, request.url.path, why)
+    log.error("unavailable: %s", why)
     return JSONResponse({"detail": detail}, 503, headers={"Retry-After": "5"})
 
 

