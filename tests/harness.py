@@ -207,12 +207,14 @@ class Service:
                 stderr=log,
             )
         patience = time.monotonic() + 30
-        while not (port := re.search(r"running on http://\S+:(\d+)", self.log)):
-            if self.process.poll() is not None or time.monotonic() > patience:
-                log = self.log
-                self.stop()
-                raise RuntimeError(log)
-            time.sleep(0.02)
+        try:
+            while not (port := re.search(r"running on http://\S+:(\d+)", self.log)):
+                if self.process.poll() is not None or time.monotonic() > patience:
+                    raise RuntimeError(self.log)
+                time.sleep(0.02)
+        except BaseException:
+            self.stop()
+            raise
         self.port = int(port[1])
         self.url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=self.url, timeout=60)

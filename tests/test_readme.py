@@ -314,7 +314,7 @@ def test_numbers_that_the_prose_repeats() -> None:
     main = (ROOT / "main.py").read_text()
     for said, code in [
         ("Up to 20 a process", "pool_size=20,\n    max_overflow=0,"),
-        ("over 15 seconds", "DEADLINE_SECONDS = 15"),
+        ("after 14 seconds", "DEADLINE_SECONDS = 14 "),
     ]:
         assert said in README
         assert code in main

@@ -1,0 +1,618 @@
+"""The database as it really behaves: pooled, asleep, gone, hung. No row may lose an account.
+
+These tests stop and hang servers, so they run on a server of their own, whatever
+TEST_DATABASE_URL says. Every service checks its own log when it ends: see `Crowded`.
+"""
+
+import signal
+import ssl
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import bcrypt
+import httpx
+import psutil
+import psycopg
+import pytest
+from harness import Postgres, Service, fresh_database, run
+from pooler import PgBouncer, TlsPostgres, Wire, missing
+
+PASSWORD = "correct horse"
+WORST = 25  # seconds: the deadline, and the 10 that psycopg takes to give up
+
+COUNTED = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
+OTHERS = "datname = current_database() AND pid <> pg_backend_pid()"
+CONNECTED = f"{COUNTED} AND {OTHERS}"
+WAITING = f"{CONNECTED} AND wait_event_type = 'Lock'"
+END = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {OTHERS}"
+
+
+class OwnConnections(httpx.BaseTransport):
+    """A connection for each thread: hundreds that share a pool wait for each other."""
+
+    def __init__(self) -> None:
+        self.context = ssl.create_default_context()  # slow to make, and never used
+        self.threads = threading.local()
+        self.all: list[httpx.HTTPTransport] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if not hasattr(self.threads, "own"):
+            self.threads.own = httpx.HTTPTransport(verify=self.context)
+            self.all.append(self.threads.own)
+        return self.threads.own.handle_request(request)
+
+    def close(self) -> None:
+        for transport in self.all:
+            transport.close()
+
+
+class Crowded(Service):
+    """The service before any number of clients at once; its log is checked at the end."""
+
+    def __init__(self, database: str, *options: str, **variables: str) -> None:
+        super().__init__(database, *options, **variables)
+        self.http.close()
+        connections = OwnConnections()
+        self.http = httpx.Client(base_url=self.url, timeout=60, transport=connections)
+        self.crowd = ThreadPoolExecutor(600)
+
+    def at_once(
+        self, times: int, ask: Callable[..., httpx.Response], *words: Any
+    ) -> list[Future[httpx.Response]]:
+        """The answers to come of that many clients who all ask the same now."""
+        return [self.crowd.submit(ask, *words) for _ in range(times)]
+
+    def account(self, email: str) -> str:
+        """An access token of a new account."""
+        assert self.register(email).status_code == 201
+        return self.login(email).json()["access_token"]
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        try:
+            return super().stop(how)
+        finally:
+            if hasattr(self, "crowd"):
+                self.crowd.shutdown(cancel_futures=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        log = self.log
+        super().__exit__(kind, error, trace)
+        if kind is None:  # else there is already something to say
+            for leak in ("Traceback", "$2b$", PASSWORD):
+                assert leak not in log, log[-5000:]
+
+
+def statuses(answers: list[Future[httpx.Response]]) -> Counter[int]:
+    return Counter(answer.result().status_code for answer in answers)
+
+
+def until(condition: Callable[[], bool], seconds: float = 30) -> None:
+    """Wait for a condition that must come true."""
+    patience = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < patience, "waited in vain"
+        time.sleep(0.02)
+
+
+def ask(database: str, sql: str) -> Any:
+    """The one value that a statement gives, on a connection of its own."""
+    with psycopg.connect(database, autocommit=True) as connection:
+        return connection.execute(sql).fetchone()[0]
+
+
+@contextmanager
+def locked_table(database: str) -> Iterator[None]:
+    """The users table out of everybody's reach: a statement that needs it waits."""
+    with psycopg.connect(database) as connection:
+        connection.execute("LOCK TABLE users IN ACCESS EXCLUSIVE MODE")
+        yield
+
+
+@contextmanager
+def frozen(postgres: Postgres) -> Iterator[None]:
+    """The server with all its processes stopped: it accepts connections, and is silent."""
+    postmaster = psutil.Process(postgres.process.pid)
+    postmaster.suspend()
+    processes = [postmaster, *postmaster.children()]
+    try:
+        for process in processes:
+            process.suspend()
+        yield
+    finally:
+        for process in processes:
+            process.resume()
+
+
+@contextmanager
+def without(postgres: Postgres, how: signal.Signals) -> Iterator[None]:
+    """The time from the end of a server to its new start."""
+    postgres.halt(how)
+    try:
+        yield
+    finally:
+        postgres.start()
+
+
+def open_all_connections(service: Crowded, database: str, token: str) -> None:
+    """Make the service open as many connections as it ever will."""
+    with locked_table(database):
+        checks = service.at_once(30, service.me, token)
+        until(lambda: ask(database, WAITING) == 20)
+    assert statuses(checks) == {200: 30}
+
+
+class Load:
+    """Eight clients who register, log in and check the token, over and over."""
+
+    def __init__(self, service: Service, name: str) -> None:
+        self.service = service
+        self.name = name
+        self.seen: list[int | str] = []
+        self.acknowledged: list[str] = []
+        self.over = threading.Event()
+
+    def _client(self, number: int) -> None:
+        turn = 0
+        while not self.over.is_set():
+            turn += 1
+            email = f"{self.name}-{number}-{turn}@example.com"
+            try:
+                registered = self.service.register(email)
+                self.seen.append(registered.status_code)
+                if registered.status_code == 201:
+                    self.acknowledged.append(email)
+                    login = self.service.login(email)
+                    self.seen.append(login.status_code)
+                    if login.status_code == 200:
+                        me = self.service.me(login.json()["access_token"])
+                        self.seen.append(me.status_code)
+            except httpx.TransportError as error:
+                self.seen.append(type(error).__name__)
+
+    def goes_on(self) -> None:
+        """Wait for forty more accounts."""
+        enough = len(self.acknowledged) + 40
+        until(lambda: len(self.acknowledged) >= enough)
+
+    def __enter__(self) -> Self:
+        self.crowd = ThreadPoolExecutor(8)
+        for number in range(8):
+            self.crowd.submit(self._client, number)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.crowd.shutdown()
+
+
+def all_can_log_in(service: Service, emails: list[str]) -> bool:
+    with ThreadPoolExecutor(8) as crowd:
+        return all(a.status_code == 200 for a in crowd.map(service.login, emails))
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A server that these tests may stop; each leaves it running."""
+    with Postgres() as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def server(postgres: Postgres) -> str:
+    """The URL of that server, for the databases that the other fixtures make."""
+    return postgres.url("postgres")
+
+
+@pytest.fixture
+def tables(empty_database: str) -> str:
+    """The URL of a database with its tables, for one test alone."""
+    assert run("python", "init_db.py", database=empty_database).returncode == 0
+    return empty_database
+
+
+# --- Round trips ------------------------------------------------------------------
+def test_one_statement_and_one_round_trip_per_request(
+    postgres: Postgres, database: str
+) -> None:
+    """On a fresh connection a request is one round trip; on a rested one, a ping more."""
+    with Wire(postgres.port) as wire, Crowded(wire.url(database)) as service:
+        token = service.account("first@example.com")  # it also opens the connection
+
+        def cost(ask: Callable[..., httpx.Response], *words: str) -> list[str]:
+            """The statements of a request, and that each was one round trip."""
+            trips, said = wire.round_trips, len(wire.statements)
+            assert ask(*words).is_success
+            statements = [sql.split(" ")[0] for sql in wire.statements[said:]]
+            assert wire.round_trips - trips == len(statements)
+            return statements
+
+        for turn in range(5):
+            assert cost(service.register, f"trip-{turn}@example.com") == ["INSERT"]
+            assert cost(service.login, f"trip-{turn}@example.com") == ["SELECT"]
+            assert cost(service.me, token) == ["SELECT"]
+        time.sleep(6)
+        assert cost(service.me, token) == [";", "SELECT"]
+        assert cost(service.me, token) == ["SELECT"]
+        assert wire.opened == 1
+
+
+# --- Gone -------------------------------------------------------------------------
+def test_tables_not_created(empty_database: str) -> None:
+    """A missing table is a 503 that names the command."""
+    with Crowded(empty_database) as service:
+        for answer in (service.register("a@example.com"), service.login("a@b.org")):
+            assert answer.status_code == 503
+            assert "Retry-After" in answer.headers
+            assert "python init_db.py" in answer.json()["detail"] + service.log
+
+
+def test_database_down_when_the_service_starts(
+    postgres: Postgres, database: str
+) -> None:
+    """The service starts without its database and serves as soon as that is up."""
+    with ExitStack() as stack:
+        with without(postgres, signal.SIGINT):
+            service = stack.enter_context(Crowded(database))
+            for answer in (
+                service.register("early@example.com"),
+                service.login("a@b.org"),
+            ):
+                assert answer.status_code == 503
+                assert int(answer.headers["Retry-After"]) > 0
+        assert service.me(service.account("early@example.com")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGINT, signal.SIGQUIT],
+    ids=["stopped", "crashed"],
+)
+def test_database_restarted_under_load(
+    postgres: Postgres, database: str, how: signal.Signals
+) -> None:
+    """Only 2xx and 503, and no acknowledged account is lost."""
+    with Crowded(database) as service:
+        with Load(service, f"restart-{how.name.lower()}") as load:
+            load.goes_on()
+            for pause in (0, 0.5):
+                with without(postgres, how):
+                    time.sleep(pause)
+                load.goes_on()
+        assert set(load.seen) <= {200, 201, 503}
+        assert all_can_log_in(service, load.acknowledged)
+
+
+def test_every_connection_closed_while_idle(postgres: Postgres, database: str) -> None:
+    """Neon suspends, a network forgets: the requests after that succeed."""
+    with Wire(postgres.port) as wire, Crowded(wire.url(database)) as service:
+        token = service.account("idle@example.com")
+
+        def suspend() -> None:
+            with without(postgres, signal.SIGINT):
+                pass
+
+        for close in (lambda: ask(database, END), suspend, wire.cut):
+            open_all_connections(service, database, token)
+            opened = wire.opened
+            close()
+            until(lambda: ask(database, CONNECTED) == 0)
+            assert statuses(service.at_once(30, service.me, token)) == {200: 30}
+            assert wire.opened > opened
+        assert "503" not in service.log
+
+
+def test_every_connection_closed_while_busy(database: str) -> None:
+    """Requests in flight get 503; those that queue for a connection get theirs."""
+    with Crowded(database) as service:
+        token = service.account("busy@example.com")
+        with locked_table(database):
+            checks = service.at_once(20, service.me, token)
+            until(lambda: ask(database, WAITING) == 20)
+            later = service.at_once(10, service.me, token)
+            ask(database, f"{END} AND wait_event_type = 'Lock'")
+            assert statuses(checks) == {503: 20}
+            assert all("Retry-After" in check.result().headers for check in checks)
+        assert statuses(later) == {200: 10}
+        assert statuses(service.at_once(30, service.me, token)) == {200: 30}
+
+
+def test_service_killed_under_load(database: str) -> None:
+    """After kill -9 every account that got its 201 is there."""
+    with Crowded(database) as service, Load(service, "killed") as load:
+        load.goes_on()
+        service.process.kill()
+        service.process.wait()
+    assert set(load.seen) & {500, 503} == set()
+    with Crowded(database) as service:
+        assert all_can_log_in(service, load.acknowledged)
+
+
+# --- Hung, crowded ----------------------------------------------------------------
+def test_database_hung(postgres: Postgres, database: str) -> None:
+    """A stopped server, a silent network: 503 in time, and all is well afterwards."""
+    with (
+        Postgres() as stopped,
+        Wire(postgres.port) as wire,
+        fresh_database(stopped.url("postgres")) as other_database,
+    ):
+        assert run("python", "init_db.py", database=other_database).returncode == 0
+        with Crowded(other_database) as one, Crowded(wire.url(database)) as other:
+            services, places = (one, other), (other_database, database)
+            tokens = [service.account("hung@example.com") for service in services]
+            for service, place, token in zip(services, places, tokens, strict=True):
+                open_all_connections(service, place, token)
+            with frozen(stopped):
+                wire.speaking.clear()
+                hung = [
+                    answer
+                    for service, token in zip(services, tokens, strict=True)
+                    for answer in service.at_once(25, service.me, token)
+                    + service.at_once(5, service.login, "hung@example.com")
+                    + service.at_once(5, service.register, "new@example.com")
+                ]
+                probes = []
+                while wait(hung, timeout=0.2).not_done:
+                    for service in services:
+                        probes += [service.http.get("/openapi.json")]
+                        probes += [service.http.get("/auth/me")]
+                        probes += [service.login("no address")]
+            wire.speaking.set()
+            assert statuses(hung) == {503: 70}
+            assert all("Retry-After" in answer.result().headers for answer in hung)
+            assert max(a.result().elapsed.total_seconds() for a in hung) < WORST
+            seen = [probe.status_code for probe in probes]
+            assert len(seen) > 20 and seen == [200, 401, 422] * (len(seen) // 3)
+            assert max(probe.elapsed.total_seconds() for probe in probes) < 5
+            for service, token in zip(services, tokens, strict=True):
+                until(lambda s=service, t=token: s.me(t).status_code == 200)
+                checks = service.at_once(30, service.me, token)
+                assert statuses(checks) == {200: 30}
+                assert service.register("after@example.com").status_code == 201
+
+
+def test_pool_exhausted(database: str) -> None:
+    """Five hundred token checks on twenty connections: all wait their turn and succeed."""
+    with Crowded(database) as service:
+        token = service.account("five-hundred@example.com")
+        with locked_table(database):
+            checks = service.at_once(500, service.me, token)
+            until(lambda: ask(database, WAITING) == 20)
+        assert statuses(checks) == {200: 500}
+        assert ask(database, CONNECTED) == 20
+
+
+def test_logins_queued_beyond_capacity(database: str) -> None:
+    """The cores hash what they can before the deadline, and drop what nobody waits for."""
+    with Crowded(database, BCRYPT_ROUNDS="12") as service:
+        process = psutil.Process(service.process.pid)
+
+        def cpu() -> float:
+            return sum(process.cpu_times()[:2])
+
+        started = time.thread_time()
+        bcrypt.hashpw(PASSWORD.encode(), bcrypt.gensalt(12))
+        one_hash = time.thread_time() - started
+        token = service.account("login@example.com")
+        before = cpu()
+        logins = service.at_once(250, service.login, "login@example.com")
+        checks = []
+        while wait(logins, timeout=0.5).not_done:
+            checks += [service.me(token).status_code]
+        spent = cpu() - before
+        seen = statuses(logins)
+        assert seen.keys() <= {200, 503}
+        assert seen[200] > spent / one_hash / 3, "hashing was done in vain"
+        assert set(checks) == {200}, "token checks wait behind logins"
+        for login in logins:
+            answer = login.result()
+            assert answer.status_code == 200 or "Retry-After" in answer.headers
+            assert answer.elapsed.total_seconds() < WORST
+        before = cpu()
+        assert service.login("login@example.com").status_code == 200
+        assert cpu() - before < 10 * one_hash, "it still hashes for those who left"
+        assert service.register("after-logins@example.com").status_code == 201
+
+
+# --- Refusing ---------------------------------------------------------------------
+def read_only(postgres: Postgres, database: str) -> None:
+    name = database.rpartition("/")[2]
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+
+
+def disk_full(postgres: Postgres, database: str) -> None:
+    """The table's file becomes /dev/full, which is empty and has no space left."""
+    if not Path("/dev/full").exists():
+        missing("/dev/full (a device of Linux)")
+    file = postgres.data / ask(database, "SELECT pg_relation_filepath('users')")
+    file.unlink()
+    file.symlink_to("/dev/full")
+
+
+def out_of_connections(postgres: Postgres, database: str) -> None:
+    name = database.rpartition("/")[2]
+    with psycopg.connect(postgres.url("postgres"), autocommit=True) as admin:
+        admin.execute(f"ALTER DATABASE {name} CONNECTION LIMIT 0")
+        admin.execute("CREATE ROLE visitor LOGIN PASSWORD 'visitor'")
+
+
+@pytest.mark.parametrize(
+    "trouble, cause",
+    [
+        (read_only, "cannot execute INSERT in a read-only transaction"),
+        (disk_full, "No space left on device"),
+        (out_of_connections, "too many connections for database"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_database_refuses(
+    postgres: Postgres,
+    tables: str,
+    trouble: Callable[[Postgres, str], None],
+    cause: str,
+) -> None:
+    """A database that cannot take the write is a 503, and the log says why."""
+    trouble(postgres, tables)
+    as_visitor = tables.replace(f"postgres:{postgres.password}@", "visitor:visitor@")
+    url = as_visitor if trouble is out_of_connections else tables
+    with Crowded(url) as service:
+        answer = service.register("refused@example.com")
+        assert answer.status_code == 503
+        assert int(answer.headers["Retry-After"]) > 0
+        assert cause not in answer.text
+        assert cause in service.log
+
+
+# --- Pooled, encrypted ------------------------------------------------------------
+MIX = 1000
+
+
+def test_pgbouncer_with_tls_before_several_service_processes() -> None:
+    """A thousand mixed requests through four pooled connections, not one error."""
+    with (
+        TlsPostgres() as postgres,
+        PgBouncer(postgres, pool=4) as pooler,
+        fresh_database(postgres.url("postgres")) as direct,
+    ):
+        pooled = pooler.url(direct.rpartition("/")[2])
+        for said in ("users: created\n", "users: already there\n"):
+            made = run("python", "init_db.py", database=pooled)
+            assert (made.returncode, made.stdout) == (0, said), made.stderr
+        with Crowded(pooled, "--workers", "3") as service:
+            until(lambda: service.log.count("Application startup complete") == 3)
+            emails = [f"mix-{number}@example.com" for number in range(MIX // 4)]
+
+            def live(email: str) -> list[int]:
+                registered, login = service.register(email), service.login(email)
+                token = login.json().get("access_token", "")
+                answers = registered, login, service.me(token), service.me(token)
+                return [answer.status_code for answer in answers]
+
+            with ThreadPoolExecutor(40) as crowd:
+                lives = list(crowd.map(live, emails))
+            assert lives == [[201, 200, 200, 200]] * (MIX // 4)
+            encrypted = "pid IN (SELECT pid FROM pg_stat_ssl WHERE ssl)"
+            assert ask(direct, f"{CONNECTED} AND {encrypted}") in range(1, 5)
+            assert ask(direct, f"{CONNECTED} AND NOT {encrypted}") == 0
+            workers = [
+                child
+                for child in psutil.Process(service.process.pid).children()
+                if "resource_tracker" not in " ".join(child.cmdline())
+            ]
+            assert len(workers) == 3
+        assert service.process.returncode == 0
+        assert psutil.wait_procs(workers, timeout=0)[1] == []
+
+
+def test_tls_with_channel_binding_as_neon_prints_it() -> None:
+    """`?sslmode=require&channel_binding=require` serves init_db, psql and the service."""
+    with (
+        TlsPostgres() as postgres,
+        fresh_database(postgres.url("postgres")) as database,
+    ):
+        url = f"{database}?sslmode=require&channel_binding=require"
+        made = run("python", "init_db.py", database=url)
+        assert made.returncode == 0, made.stderr
+        verified = run(postgres.bin / "psql", url, "-f", "verify.sql", database=url)
+        assert verified.returncode == 0, verified.stderr
+        with Crowded(url) as service:
+            assert service.me(service.account("tls@example.com")).status_code == 200
+            encrypted = "pid IN (SELECT pid FROM pg_stat_ssl WHERE ssl)"
+            assert ask(database, f"{CONNECTED} AND {encrypted}") == 1
+
+
+# --- Asked to leave ---------------------------------------------------------------
+@pytest.mark.parametrize(
+    "how, status",
+    [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 0)],
+    ids=["SIGTERM", "SIGINT"],
+)
+def test_asked_to_end(
+    postgres: Postgres, database: str, how: signal.Signals, status: int
+) -> None:
+    """Requests in flight finish, each connection is closed with a goodbye."""
+    with Wire(postgres.port) as wire, Crowded(wire.url(database)) as service:
+        email = f"{how.name.lower()}@example.com"
+        token = service.account(email)
+        with locked_table(database):
+            checks = service.at_once(5, service.me, token)
+            logins = service.at_once(5, service.login, email)
+            joins = service.at_once(1, service.register, f"new-{email}")
+            until(lambda: ask(database, WAITING) == 11)
+            service.process.send_signal(how)
+            until(lambda: "Waiting for connections to close" in service.log)
+        assert statuses(checks + logins) == {200: 10}
+        assert statuses(joins) == {201: 1}
+        # uvicorn ends in order, then raises the signal again for its parent to see
+        assert service.process.wait(WORST) == status
+        assert "Application shutdown complete" in service.log
+        until(lambda: not wire.talks)
+        assert wire.goodbyes == wire.opened
+        assert ask(database, CONNECTED) == 0
+
+
+# --- Writes that belong together --------------------------------------------------
+TRANSACTION = """
+import asyncio
+from main import ADD_USER, AsyncSession, engine
+
+def row(name):
+    return {"email": f"{name}@transaction.example", "hashed_password": "none"}
+
+async def both_or_none(first, second, fail):
+    async with AsyncSession(engine) as session:
+        await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
+        await session.execute(ADD_USER, row(first))
+        await session.execute(ADD_USER, row(second))
+        if fail:
+            raise LookupError
+        await session.commit()
+
+async def one(name):
+    async with AsyncSession(engine) as session:
+        await session.execute(ADD_USER, row(name))
+
+async def main():
+    await one("before")
+    await both_or_none("both", "of-them", fail=False)
+    await one("between")
+    try:
+        await both_or_none("none", "of-these", fail=True)
+    except LookupError:
+        await one("after")
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+def test_transaction_as_the_comment_says(postgres: Postgres, database: str) -> None:
+    """Two writes stand or fall together, and the connection then commits by itself again."""
+    with Wire(postgres.port) as wire:
+        done = run("python", "-c", TRANSACTION, database=wire.url(database))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert wire.opened == 1, "the requests after were not on the same connection"
+        with psycopg.connect(database) as connection:
+            there = connection.execute(
+                "SELECT split_part(email, '@', 1) FROM users"
+                " WHERE email LIKE '%transaction.example'"
+            )
+            kept = {name for (name,) in there}
+    assert kept == {"before", "both", "of-them", "between", "after"}
+    spoken = [statement.split(" ")[0] for statement in wire.statements]
+    both = ["BEGIN", "INSERT", "INSERT"]
+    assert spoken[spoken.index("INSERT") :] == (
+        ["INSERT", *both, "COMMIT", "INSERT", *both, "ROLLBACK", "INSERT"]
+    )
