@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 
+import psycopg
 import pytest
 from harness import Postgres, Service, fresh_database, run
 
@@ -38,3 +39,12 @@ def service(database: str) -> Iterator[Service]:
     """The running service on that database."""
     with Service(database) as service:
         yield service
+
+
+@pytest.fixture
+def tables(server: str, database: str) -> Iterator[str]:
+    """The URL of a database with its tables, one for each test, while nobody uses `database`."""
+    with psycopg.connect(database) as connection:
+        name = connection.info.dbname
+    with fresh_database(server, like=name) as copy:
+        yield copy

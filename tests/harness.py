@@ -149,11 +149,11 @@ class Postgres:
 
 
 @contextmanager
-def fresh_database(server: str) -> Iterator[str]:
-    """The URL of a new, empty database on the server of the URL `server`, dropped at the end."""
+def fresh_database(server: str, like: str = "template1") -> Iterator[str]:
+    """The URL of a new copy of a database, by default an empty one; dropped at the end."""
     name = f"auth_{secrets.token_hex(4)}"
     with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"CREATE DATABASE {name}")
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {like}")
     try:
         yield re.sub(r"^(\w+://[^/]*)/[^?]*", rf"\1/{name}", server)
     finally:
@@ -178,12 +178,13 @@ def run(
     *command: str | Path,
     database: str | None = None,
     settings: dict[str, str] | None = None,
+    folder: Path | None = None,
     **variables: str,
 ) -> subprocess.CompletedProcess[str]:
-    """A finished command, run at the top of the project, its output in `stdout` and `stderr`."""
+    """A finished command, run at the top of the project or in a folder, and what it printed."""
     return subprocess.run(
         command,
-        cwd=ROOT,
+        cwd=folder or ROOT,
         env=settings or environment(database, **variables),
         capture_output=True,
         check=False,

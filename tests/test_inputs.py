@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jwt
@@ -583,12 +584,15 @@ def test_openapi_names_every_status_and_the_bearer_scheme(service: Service) -> N
     assert service.http.get("/docs").status_code == 200
 
 
-def test_schemathesis_finds_nothing(service: Service, account: dict[str, str]) -> None:
+def test_schemathesis_finds_nothing(
+    service: Service, account: dict[str, str], tmp_path: Path
+) -> None:
     checks = "not_a_server_error,status_code_conformance,content_type_conformance"
     found = run(
         "schemathesis", "run", f"{service.url}/openapi.json", "--no-color", "--max-examples=60",
         "--seed=1", f"--checks={checks},response_schema_conformance",
         f"--header=Authorization: Bearer {account['token']}", "--generation-database=none",
+        folder=tmp_path,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
 
