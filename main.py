@@ -139,7 +139,10 @@ USER_BY_ID = select(User).where(User.id == bindparam("id"), User.is_active)
 
 # --- Schemas: what comes in, what goes out ----------------------------------------
 def normalize_email(email: str) -> str:
-    """The one spelling that an address is kept under: lower case, no blanks around."""
+    """The one spelling that an address is kept under: lower case, no blanks around.
+
+    Raises ValueError when it is no address.
+    """
     try:
         email = email.strip().lower()
         return validate_email(email, check_deliverability=False).normalized
@@ -148,7 +151,10 @@ def normalize_email(email: str) -> str:
 
 
 def normalize_password(password: str) -> str:
-    """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4)."""
+    """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4).
+
+    Raises ValueError over 72 bytes of UTF-8.
+    """
     password = unicodedata.normalize("NFC", password)
     if len(password.encode()) > 72:  # bcrypt reads no more
         raise ValueError("password is longer than 72 bytes of UTF-8")
@@ -156,6 +162,7 @@ def normalize_password(password: str) -> str:
 
 
 def check_length(password: str) -> str:
+    """The password, unless it has fewer than 8 characters: then ValueError."""
     if len(password) < 8:
         raise ValueError("password is shorter than 8 characters")
     return password
@@ -284,6 +291,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Application and errors -------------------------------------------------------
 PROBLEM = {"model": Problem}
+# Starlette refuses in plain text when the Content-Length alone says enough.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 app = FastAPI(

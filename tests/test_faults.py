@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import bcrypt
@@ -81,15 +80,10 @@ class Crowded(Service):
             if hasattr(self, "crowd"):
                 self.crowd.shutdown(cancel_futures=True)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         log = self.log
-        super().__exit__(kind, error, trace)
-        if kind is None:  # else there is already something to say
+        super().__exit__(*error)
+        if error[0] is None:  # else there is already something to say
             for leak in ("Traceback", "$2b$", PASSWORD):
                 assert leak not in log, log[-5000:]
 
