@@ -58,7 +58,7 @@ if not _url:
     refuse("DATABASE_URL is not set: quote it in .env, then: set -a; . ./.env; set +a")
 try:  # psycopg 3, by name; older documentation and hosts print postgres://
     DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
-    (DATABASE_URL.host or "").encode("idna")  # as looking it up does
+    (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
 except (ArgumentError, ValueError):
     DATABASE_URL = None
 if DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg":
@@ -70,7 +70,7 @@ if len(JWT_SECRET) < 32:  # RFC 7518 §3.2
 
 ACCESS_TOKEN_SECONDS = 60 * whole_number("ACCESS_TOKEN_MINUTES", 30, 1, 999_999_999)
 BCRYPT_ROUNDS = whole_number("BCRYPT_ROUNDS", 12, 4, 31)
-DEADLINE_SECONDS = 14  # psycopg may take 10 more to let go of a hung database
+DEADLINE_SECONDS = 14  # 24 at the worst: psycopg takes 10 more to leave a hung query
 
 
 # --- Database: engine, session, model ---------------------------------------------
@@ -94,7 +94,7 @@ engine = create_async_engine(
 
 @event.listens_for(engine.sync_engine, "checkout")
 def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
-    """Test a connection that rested 5 seconds, or holds input: the server's goodbye.
+    """Test a connection last taken 5 seconds ago, or with a goodbye waiting to be read.
 
     When it fails, the pool replaces it and all others of its age. `pool_pre_ping=True`
     is the same in a word, but tests each time: two round trips for every request.
@@ -119,7 +119,7 @@ class Base(DeclarativeBase):
 class User(Base):
     __tablename__ = "users"
 
-    # Random, so that a token from a dropped table names nobody in the next one.
+    # Random: counted 1, 2, 3, a token would outlive its table and open the next one.
     id: Mapped[uuid.UUID] = mapped_column(
         primary_key=True, server_default=func.gen_random_uuid()
     )
@@ -208,12 +208,12 @@ class Problem(BaseModel):
 polite = partial(os.nice, 10) if sys.platform == "linux" else None
 hashing = ThreadPoolExecutor(os.cpu_count(), initializer=polite)
 
-# A hash that nobody has: checking it makes an unknown address cost what a known does.
+# Shaped like a hash, but nobody's: an unknown address must cost what a known one does.
 NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
 
 
 async def hash_password(password: str) -> str:
-    """The bcrypt hash of a password; at 12 rounds it takes about 0.2 seconds."""
+    """The bcrypt hash of a password, after a quarter of a second or so at 12 rounds."""
     job = (bcrypt.hashpw, password.encode(), bcrypt.gensalt(BCRYPT_ROUNDS))
     return (await asyncio.get_running_loop().run_in_executor(hashing, *job)).decode()
 
@@ -247,12 +247,12 @@ async def deadline() -> AsyncIterator[None]:
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """A session: it takes a connection at its first statement, and returns it."""
+    """A session: a connection is taken at its first statement, and given back here."""
     async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session
 
 
-# scope="function": over before the response is sent, however slow the reader.
+# scope="function": over when the route returns, however slow the response's reader.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 BearerDep = Annotated[
     HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
@@ -290,7 +290,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 # --- Application and errors -------------------------------------------------------
-PROBLEM = {"model": Problem}
+PROBLEM = {"model": Problem}  # 400 is FastAPI's own, for a body that is no text
 # Starlette refuses in plain text when the Content-Length alone says enough.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 

@@ -8,6 +8,8 @@
 SELECT to_regclass('users') IS NULL AS missing \gset
 \if :missing
 \warn 'There is no table "users" yet. Create it with: python init_db.py'
+\set VERBOSITY terse
+SELECT FROM users;
 \endif
 
 \echo 'Columns'

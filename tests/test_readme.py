@@ -293,7 +293,7 @@ def test_ci_runs_the_readme_s_own_test_command() -> None:
 
 
 def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\]\(([^)#]+)\)", README))
+    named = set(re.findall(r"\]\(([^)#:]+)\)", README))
     assert named >= {
         "main.py",
         "init_db.py",

@@ -370,9 +370,9 @@ def test_try_it_shows_all_and_leaves_nothing(
             '$ psql "$DATABASE_URL" -f verify.sql\nColumns\n',
         ]:
             assert words in shown
-        pasted = shown.partition("In a second terminal, paste:\n")[2].partition(
-            "Ctrl-C here"
-        )[0]
+        pasted = shown.partition("In a second terminal, in this folder, paste:\n")[
+            2
+        ].partition("Ctrl-C here")[0]
         pasted = pasted.replace("To look into the database from there:", "")
         second = subprocess.run(
             ["sh", "-c", pasted],
@@ -405,7 +405,7 @@ def test_try_it_on_a_taken_port() -> None:
         shown, _ = start_try_it(Path(name), "--port", str(port)).communicate(timeout=30)
         assert (
             shown
-            == f"error: port {port} is taken, choose another: tests/try_it.py --port {port + 1}\n"
+            == f"error: port {port} is taken, choose another: .venv/bin/python tests/try_it.py --port {port + 1}\n"
         )
 
 

@@ -12,17 +12,18 @@ from typing import NoReturn
 
 sys.dont_write_bytecode = True  # before the import below could leave a folder
 
+import psutil
 from harness import POSTGRES_BIN, ROOT, Postgres, environment, fresh_database
 
 HINTS = """
-The service is running. In a second terminal, paste:
+The service is running. In a second terminal, in this folder, paste:
 
 URL=http://127.0.0.1:{port}
 JSON='Content-Type: application/json'
 WHO='{{"email": "ann@example.com", "password": "correct horse"}}'
-curl $URL/auth/register -H "$JSON" -d "$WHO"
+curl -w '\\n' $URL/auth/register -H "$JSON" -d "$WHO"
 TOKEN=$(curl -s $URL/auth/login -H "$JSON" -d "$WHO" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
-curl $URL/auth/me -H "Authorization: Bearer $TOKEN"
+curl -w '\\n' $URL/auth/me -H "Authorization: Bearer $TOKEN"
 
 To look into the database from there:
 
@@ -49,6 +50,15 @@ def is_taken(port: int) -> bool:
     return False
 
 
+def listens(process: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether this very process, and no other program, listens on a port."""
+    try:
+        sockets = psutil.Process(process.pid).net_connections("inet")
+    except psutil.Error:
+        return False
+    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
 def serve(database: str, port: int) -> None:
     """Run the walkthrough's own commands, then wait for the service to end."""
     settings = environment(
@@ -67,7 +77,7 @@ def serve(database: str, port: int) -> None:
         sys.exit(1)
     uvicorn = start("uvicorn main:app" + (f" --port {port}" if port != 8000 else ""))
     try:
-        while uvicorn.poll() is None and not is_taken(port):
+        while uvicorn.poll() is None and not listens(uvicorn, port):
             time.sleep(0.05)
         if (
             uvicorn.poll() is None
@@ -93,7 +103,7 @@ def main() -> None:
     port = parser.parse_args().port
     if is_taken(port):
         sys.exit(
-            f"error: port {port} is taken, choose another: tests/try_it.py --port {port + 1}"
+            f"error: port {port} is taken, choose another: .venv/bin/python tests/try_it.py --port {port + 1}"
         )
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
