@@ -67,6 +67,10 @@ if DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg":
 JWT_SECRET = os.fsencode(os.environ.get("JWT_SECRET", ""))
 if len(JWT_SECRET) < 32:  # RFC 7518 §3.2
     refuse("JWT_SECRET is not set to 32 bytes or more, make it: openssl rand -hex 32")
+try:  # PyJWT takes no secret that reads like a public key
+    jwt.encode({}, JWT_SECRET, "HS256")
+except jwt.InvalidKeyError:
+    refuse("JWT_SECRET is part of a key pair, make another: openssl rand -hex 32")
 
 ACCESS_TOKEN_SECONDS = 60 * whole_number("ACCESS_TOKEN_MINUTES", 30, 1, 999_999_999)
 BCRYPT_ROUNDS = whole_number("BCRYPT_ROUNDS", 12, 4, 31)
@@ -241,7 +245,7 @@ def read_token(token: str) -> uuid.UUID:
 
 # --- Dependencies: what a route asks for in its signature -------------------------
 async def deadline() -> AsyncIterator[None]:
-    """The limit of every request: TimeoutError after DEADLINE_SECONDS."""
+    """The limit of every request, its body once read: TimeoutError after that long."""
     async with asyncio.timeout(DEADLINE_SECONDS):
         yield
 

@@ -6,6 +6,7 @@ import hmac
 import http.client
 import json
 import re
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -561,6 +562,38 @@ def test_other_paths_and_methods(
     service: Service, method: str, path: str, expected: int
 ) -> None:
     assert say(service, method, path)[0] == expected
+
+
+def test_an_upgrade_to_another_protocol_is_not_taken_up(service: Service) -> None:
+    """Sent behind a login that is still being hashed, on the same connection."""
+    first = (
+        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
+    )
+    second = (
+        b"GET /auth/me HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    for _ in range(3):
+        with socket.create_connection(
+            ("127.0.0.1", service.port), timeout=10
+        ) as client:
+            client.sendall(first + second)
+            answers = client.makefile("rb")
+            assert answers.readline().split()[1] in {b"200", b"401"}
+    assert service.login(fresh_email()).status_code == 401
+    assert "Traceback" not in service.log
+
+
+def test_headers_have_a_limit(service: Service) -> None:
+    status, _, _ = say(service, "GET", "/auth/me", X=60_000 * "x")
+    assert status == 401
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+        client.sendall(b"GET /auth/me HTTP/1.1\r\nX: " + 300_000 * b"x")
+        try:
+            assert client.recv(99).split()[1] == b"400"
+        except ConnectionResetError:
+            pass  # the same, to a client that had not finished
 
 
 # --- The contract

@@ -228,7 +228,7 @@ def test_a_bad_database_url_is_refused_by_name(url: str | None, said: str) -> No
 @pytest.mark.parametrize(
     ("name", "values", "said"),
     [
-        ("JWT_SECRET", ["", 31 * "x"], "openssl rand -hex 32"),
+        ("JWT_SECRET", ["", 31 * "x", "ssh-ed25519 " + 31 * "x"], "openssl rand -hex 32"),
         ("ACCESS_TOKEN_MINUTES", ["", "0", "1.5", "9" * 5000], "whole number"),
         ("BCRYPT_ROUNDS", ["3", "32", "twelve"], "from 4 to 31"),
     ],
