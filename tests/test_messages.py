@@ -48,9 +48,8 @@ def unreachable(_: str) -> str:
 
 def taken_port(database: str) -> str:
     with Service(database) as service:
-        return refusal("uvicorn", "main:app", "--port", str(service.port))(
-            database
-        ).replace(str(service.port), "8000")
+        command = ["uvicorn", "main:app", "--port", str(service.port)]
+        return refusal(*command)(database)
 
 
 def answer(path: str, body: dict[str, str] | None) -> Callable[[str], str]:
@@ -97,7 +96,7 @@ MISTAKES: dict[str, Callable[[str], str]] = {
         lambda url: re.sub("//[^@]+@", "//postgres:wrong@", url)
     ),
     "Temporarily unavailable": unreachable,
-    "[Errno": taken_port,
+    "address already in use": taken_port,
     "Value error, password is longer": answer(
         "/auth/register", {"email": "ann@example.com", "password": 37 * "é"}
     ),

@@ -39,7 +39,6 @@ ELIDED = [
     (r"process \[\d+\]", "process [<pid>]"),
     (r"127\.0\.0\.1:\d+ - ", "127.0.0.1:<port> - "),
     (r"port \d+ failed", "port <port> failed"),
-    (r"\[Errno \d+\]", "[Errno <n>]"),
     (r"=+ \d+ passed(, \d+ deselected)? in [^=]*=+", "= <n> passed ="),
 ]
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
