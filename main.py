@@ -8,7 +8,6 @@ import asyncio
 import logging
 import os
 import re
-import selectors
 import sys
 import time
 import unicodedata
@@ -98,20 +97,20 @@ engine = create_async_engine(
 
 @event.listens_for(engine.sync_engine, "checkout")
 def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
-    """Test a connection last taken 5 seconds ago, or with a goodbye waiting to be read.
+    """Look whether the server has hung up, and ask it after 5 seconds without a word.
 
-    When it fails, the pool replaces it and all others of its age. `pool_pre_ping=True`
-    is the same in a word, but tests each time: two round trips for every request.
+    A connection that fails is replaced, as are all others of its age. `pool_pre_ping`
+    is the same in a word, but asks each time: two round trips for every request.
     """
     now = time.monotonic()
     rested = now - record.info.get("used", now)
     record.info["used"] = now
-    with selectors.DefaultSelector() as selector:
-        selector.register(connection.driver_connection, selectors.EVENT_READ)
-        if rested < 5 and not selector.select(timeout=0):
-            return
+    pgconn = connection.driver_connection.pgconn
     try:
-        engine.dialect.do_ping(connection)
+        pgconn.consume_input()  # a goodbye, without waiting for one
+        pgconn.consume_input()  # and the end behind it
+        if rested >= 5:
+            engine.dialect.do_ping(connection)
     except psycopg.Error as error:
         raise InvalidatePoolError from error
 
