@@ -60,8 +60,11 @@ try:  # psycopg 3, by name; older documentation and hosts print postgres://
     (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
 except (ArgumentError, ValueError):
     DATABASE_URL = None
-if DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg":
-    refuse("DATABASE_URL is not like postgresql://user:password@host/database")
+_wrong = DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg"
+if _wrong or _url.count("@") > 1:  # a password's own: half of it would pass for a host
+    at = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
+    host = f" for {at[1]}" if at else ""
+    refuse(f"DATABASE_URL{host} is not like postgresql://user:password@host/database")
 
 JWT_SECRET = os.fsencode(os.environ.get("JWT_SECRET", ""))
 if len(JWT_SECRET) < 32:  # RFC 7518 §3.2

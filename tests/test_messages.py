@@ -84,7 +84,9 @@ def init_db_with(change: Callable[[str], str]) -> Callable[[str], str]:
 MISTAKES: dict[str, Callable[[str], str]] = {
     "error: DATABASE_URL is not set": unquoted_url,
     "ModuleNotFoundError": refusal(sys.executable, "-S", "init_db.py"),
-    "error: DATABASE_URL is not like": init_db_with(lambda url: f"psql '{url}'"),
+    "error: DATABASE_URL for 127.0.0.1 is not like": init_db_with(
+        lambda url: f"psql '{url}'"
+    ),
     "error: JWT_SECRET": refusal("uvicorn", "main:app", JWT_SECRET="secret"),
     "error: BCRYPT_ROUNDS": refusal("uvicorn", "main:app", BCRYPT_ROUNDS="99"),
     "There are no tables yet": no_tables,

@@ -202,13 +202,15 @@ def test_init_db_without_the_database(
     ("url", "said"),
     [
         (None, "is not set"), ("", "is not set"), (" ", "is not like"),
-        ("mysql://ann:sesame@db/auth", "is not like"), ("sqlite:///auth.db", "is not like"),
-        ("https://ann:sesame@db", "is not like"), ("ann:sesame@db/auth", "is not like"),
-        ("postgresql://ann:sesame@db:port/auth", "is not like"),
-        ("postgresql://ann:sesame@db..example/auth", "is not like"),
-        ("postgresql+asyncpg://ann:sesame@db/auth", "is not like"),
-        ("'postgresql://ann:sesame@db/auth'", "is not like"),
-        ("psql 'postgresql://ann:sesame@db/auth'", "is not like"),
+        ("mysql://ann:sesame@db/auth", "for db is not like"), ("sqlite:///auth.db", "is not like"),
+        ("https://ann:sesame@db", "for db is not like"), ("ann:sesame@db/auth", "for db is not like"),
+        ("postgresql://ann:sesame@db:port/auth", "for db is not like"),
+        ("postgresql://ann:se@sesame@db/auth", "is not like"),
+        ("postgresql://ann:se@sesame?s@db:port/auth", "is not like"),
+        ("postgresql://ann:sesame@db..example/auth", "for db..example is not like"),
+        ("postgresql+asyncpg://ann:sesame@db/auth", "for db is not like"),
+        ("'postgresql://ann:sesame@db/auth'", "for db is not like"),
+        ("psql 'postgresql://ann:sesame@db/auth'", "for db is not like"),
     ],
 )  # fmt: skip
 def test_a_bad_database_url_is_refused_by_name(url: str | None, said: str) -> None:
