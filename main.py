@@ -12,7 +12,7 @@ import sys
 import time
 import unicodedata
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
@@ -25,8 +25,9 @@ from email_validator import EmailNotValidError, validate_email
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy import DateTime, bindparam, event, func, make_url, select, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
@@ -190,8 +191,6 @@ class Registration(Credentials):
 
 
 class UserOut(BaseModel):
-    model_config = ConfigDict(from_attributes=True)
-
     id: uuid.UUID
     email: str
     is_active: bool
@@ -246,12 +245,6 @@ def read_token(token: str) -> uuid.UUID:
 
 
 # --- Dependencies: what a route asks for in its signature -------------------------
-async def deadline() -> AsyncIterator[None]:
-    """The limit of every request, its body once read: TimeoutError after that long."""
-    async with asyncio.timeout(DEADLINE_SECONDS):
-        yield
-
-
 async def get_session() -> AsyncIterator[AsyncSession]:
     """A session: a connection is taken at its first statement, and given back here."""
     async with AsyncSession(engine, expire_on_commit=False) as session:
@@ -302,11 +295,26 @@ TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}
 
 app = FastAPI(
     title="auth",
-    dependencies=[Depends(deadline, scope="function")],
     max_body_size=16 * 1024,  # bytes
     on_shutdown=[engine.dispose],
     responses={413: TOO_LARGE, 503: PROBLEM},
 )
+
+
+class TimedRoute(APIRoute):
+    """A route with a limit: TimeoutError when body and answer take longer together."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        answer = super().get_route_handler()
+
+        async def answer_in_time(request: Request) -> Response:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await answer(request)
+
+        return answer_in_time
+
+
+app.router.route_class = TimedRoute  # as APIRouter(route_class=TimedRoute) for yours
 
 
 @app.exception_handler(RequestValidationError)

@@ -5,6 +5,7 @@ TEST_DATABASE_URL says. Every service checks its own log when it ends: see `Crow
 """
 
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -417,6 +418,26 @@ def test_logins_queued_beyond_capacity(database: str) -> None:
         assert service.login("login@example.com").status_code == 200
         assert cpu() - before < 10 * one_hash, "it still hashes for those who left"
         assert service.register("after-logins@example.com").status_code == 201
+
+
+def test_request_that_never_arrives_in_full(database: str) -> None:
+    """It has the time that an answer has, and then no longer keeps the service from ending."""
+    half = (
+        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b'Content-Length: 99\r\n\r\n{"email":'
+    )
+    with (
+        Crowded(database) as service,
+        socket.create_connection(("127.0.0.1", service.port), WORST) as client,
+    ):
+        client.sendall(half)
+        assert service.http.get("/auth/me").status_code == 401  # it got the half before
+        service.process.send_signal(signal.SIGTERM)
+        until(lambda: "Waiting for connections to close" in service.log)
+        answer = client.makefile("rb").read()  # all of it: the connection is closed
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: " in answer
+        assert service.process.wait(WORST) == -signal.SIGTERM
 
 
 # --- Refusing ---------------------------------------------------------------------
