@@ -210,7 +210,7 @@ class Problem(BaseModel):
 # --- Passwords and tokens: bcrypt, JWT --------------------------------------------
 # One thread per core: logins can fill the cores, yet never the event loop. On Linux
 # being nice is each thread's own affair, so there all else goes first on a core, too.
-polite = partial(os.nice, 10) if sys.platform == "linux" else None
+polite = partial(os.nice, 5) if sys.platform == "linux" else None
 hashing = ThreadPoolExecutor(os.cpu_count(), initializer=polite)
 
 # Shaped like a hash, but nobody's: an unknown address must cost what a known one does.
