@@ -90,6 +90,7 @@ CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
 engine = create_async_engine(
     DATABASE_URL,
     isolation_level="AUTOCOMMIT",
+    skip_autocommit_rollback=True,
     connect_args=CONNECT_ARGS,
     pool_size=20,
     max_overflow=0,
@@ -277,12 +278,17 @@ async def get_current_user_id(bearer: BearerDep) -> uuid.UUID:
 CurrentUserId = Annotated[uuid.UUID, Depends(get_current_user_id)]
 
 
-async def get_current_user(user_id: CurrentUserId, session: SessionDep) -> User:
-    """The active user whom the access token names. Raises 401, also if there is none."""
-    user = await session.scalar(USER_BY_ID, {"id": user_id})
-    if user is None:
+async def get_current_user(user_id: CurrentUserId) -> User:
+    """The active user whom the access token names. Raises 401, also if there is none.
+
+    It is a copy, in no session, and holds no connection while the route does its work.
+    """
+    async with engine.connect() as connection:  # a session takes a third longer
+        found = await connection.execute(USER_BY_ID, {"id": user_id})
+    row = found.mappings().one_or_none()
+    if row is None:
         raise unauthorized("Invalid access token", "invalid_token")
-    return user
+    return User(**row)
 
 
 CurrentUser = Annotated[User, Depends(get_current_user)]
