@@ -28,7 +28,16 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from pydantic import AfterValidator, BaseModel, Field
-from sqlalchemy import DateTime, bindparam, event, func, make_url, select, true
+from sqlalchemy import (
+    DateTime,
+    bindparam,
+    create_engine,
+    event,
+    func,
+    make_url,
+    select,
+    true,
+)
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -59,10 +68,12 @@ if not _url:
 try:  # psycopg 3, by name; older documentation and hosts print postgres://
     DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
     (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
-except (ArgumentError, ValueError):
+    create_engine(DATABASE_URL).dialect.create_connect_args(DATABASE_URL)  # ?port=x
+except (ArgumentError, ImportError, ValueError):
     DATABASE_URL = None
 _wrong = DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg"
-if _wrong or _url.count("@") > 1:  # a password's own: half of it would pass for a host
+# A second @ is the password's own, and half of that would pass for a host.
+if _wrong or not _url.isprintable() or _url.count("@") > 1:
     at = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
     host = f" for {at[1]}" if at else ""
     refuse(f"DATABASE_URL{host} is not like postgresql://user:password@host/database")
@@ -107,14 +118,14 @@ def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
     A connection that fails is replaced, as are all others of its age. `pool_pre_ping`
     is the same in a word, but asks each time: two round trips for every request.
     """
-    now = time.monotonic()
-    rested = now - record.info.get("used", now)
-    record.info["used"] = now
+    used, record.info["used"] = record.info.get("used"), time.monotonic()
+    if used is None:
+        return  # just opened, perhaps in the place of one that failed here
     pgconn = connection.driver_connection.pgconn
     try:
         pgconn.consume_input()  # a goodbye, without waiting for one
         pgconn.consume_input()  # and the end behind it
-        if rested >= 5:
+        if record.info["used"] - used >= 5:
             engine.dialect.do_ping(connection)
     except psycopg.Error as error:
         raise InvalidatePoolError from error
@@ -158,13 +169,21 @@ def normalize_email(email: str) -> str:
         raise ValueError("not an email address") from None
 
 
+def to_bytes(password: str) -> bytes:
+    """A password as bcrypt gets it: UTF-8, but a NUL is C0 80, which no letter is.
+
+    bcrypt repeats a password and a NUL to 72 bytes: "ab\\0ab" would be the same as "ab".
+    """
+    return password.encode().replace(b"\0", b"\xc0\x80")
+
+
 def normalize_password(password: str) -> str:
     """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4).
 
     Raises ValueError over 72 bytes of UTF-8.
     """
     password = unicodedata.normalize("NFC", password)
-    if len(password.encode()) > 72:  # bcrypt reads no more
+    if len(to_bytes(password)) > 72:  # bcrypt reads no more
         raise ValueError("password is longer than 72 bytes of UTF-8")
     return password
 
@@ -220,13 +239,13 @@ NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
 
 async def hash_password(password: str) -> str:
     """The bcrypt hash of a password, after a quarter of a second or so at 12 rounds."""
-    job = (bcrypt.hashpw, password.encode(), bcrypt.gensalt(BCRYPT_ROUNDS))
+    job = (bcrypt.hashpw, to_bytes(password), bcrypt.gensalt(BCRYPT_ROUNDS))
     return (await asyncio.get_running_loop().run_in_executor(hashing, *job)).decode()
 
 
 async def check_password(password: str, hashed_password: str) -> bool:
     """Whether a hash is of this password; takes as long as hashing it."""
-    job = (bcrypt.checkpw, password.encode(), hashed_password.encode())
+    job = (bcrypt.checkpw, to_bytes(password), hashed_password.encode())
     return await asyncio.get_running_loop().run_in_executor(hashing, *job)
 
 

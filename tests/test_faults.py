@@ -32,7 +32,8 @@ COUNTED = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client ba
 OTHERS = "datname = current_database() AND pid <> pg_backend_pid()"
 CONNECTED = f"{COUNTED} AND {OTHERS}"
 WAITING = f"{CONNECTED} AND wait_event_type = 'Lock'"
-END = f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {OTHERS}"
+FROM_OTHERS = f"FROM pg_stat_activity WHERE {OTHERS}"
+END = f"SELECT pg_terminate_backend(pid, 5000) {FROM_OTHERS}"
 
 
 class OwnConnections(httpx.BaseTransport):
@@ -321,6 +322,18 @@ def test_every_connection_closed_while_busy(database: str) -> None:
             assert statuses(checks) == {503: 20}
             assert all("Retry-After" in check.result().headers for check in checks)
         assert statuses(later) == {200: 10}
+        assert statuses(service.at_once(30, service.me, token)) == {200: 30}
+
+
+def test_connections_closed_again_and_again(database: str) -> None:
+    """Each request gets its answer or a 503, also when the new connection is closed too."""
+    with Crowded(database) as service:
+        token = service.account("again@example.com")
+        checks = []
+        for _ in range(40):
+            checks += service.at_once(10, service.me, token)
+            ask(database, f"SELECT count(pg_terminate_backend(pid)) {FROM_OTHERS}")
+        assert statuses(checks).keys() <= {200, 503}
         assert statuses(service.at_once(30, service.me, token)) == {200: 30}
 
 

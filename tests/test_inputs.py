@@ -202,6 +202,16 @@ def test_a_password_that_cannot_be_kept_is_422(
     assert answer.status_code == expected
 
 
+@pytest.mark.parametrize("password, twin", [("\0" * 8, ""), ("ab\0ab\0ab", "ab")])
+def test_a_nul_does_not_begin_the_password_again(
+    service: Service, password: str, twin: str
+) -> None:
+    email = fresh_email()
+    assert service.register(email, password).status_code == 201
+    assert service.login(email, twin).status_code == 401
+    assert service.login(email, password).status_code == 200
+
+
 def test_all_72_bytes_count(service: Service) -> None:
     email, password = fresh_email(), "a" * 71 + "b"
     assert service.register(email, password).status_code == 201
