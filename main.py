@@ -27,17 +27,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, BaseModel, Field
-from sqlalchemy import (
-    DateTime,
-    bindparam,
-    create_engine,
-    event,
-    func,
-    make_url,
-    select,
-    true,
-)
+from sqlalchemy import DateTime, bindparam, event, func, make_url, select, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
@@ -65,15 +57,16 @@ def whole_number(name: str, default: int, least: int, most: int) -> int:
 _url = os.environ.get("DATABASE_URL", "")
 if not _url:
     refuse("DATABASE_URL is not set: quote it in .env, then: set -a; . ./.env; set +a")
-try:  # psycopg 3, by name; older documentation and hosts print postgres://
+try:
+    # A second @ is the password's own, and half of that would pass for a host.
+    if _url.count("@") > 1 or not _url.isprintable():
+        raise ValueError
+    conninfo_to_dict(_url)  # libpq, and so psql, refuses mysql://, ?typo=x and %00
+    # psycopg 3, by name; older documentation and hosts print postgres://
     DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
+    DATABASE_URL.get_dialect()().create_connect_args(DATABASE_URL)  # ?port=x
     (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
-    create_engine(DATABASE_URL).dialect.create_connect_args(DATABASE_URL)  # ?port=x
-except (ArgumentError, ImportError, ValueError):
-    DATABASE_URL = None
-_wrong = DATABASE_URL is None or DATABASE_URL.drivername != "postgresql+psycopg"
-# A second @ is the password's own, and half of that would pass for a host.
-if _wrong or not _url.isprintable() or _url.count("@") > 1:
+except (ArgumentError, ValueError, psycopg.ProgrammingError):
     at = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
     host = f" for {at[1]}" if at else ""
     refuse(f"DATABASE_URL{host} is not like postgresql://user:password@host/database")
@@ -92,8 +85,11 @@ DEADLINE_SECONDS = 14  # 24 at the worst: psycopg takes 10 more to leave a hung 
 
 
 # --- Database: engine, session, model ---------------------------------------------
-# prepare_threshold: behind a pooler, the next statement may meet another connection.
-CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
+CONNECT_ARGS = {
+    "connect_timeout": 10,  # seconds
+    "prepare_threshold": None,  # a pooler may give each statement another connection
+    "client_encoding": "utf8",  # whatever the server's is, or PGCLIENTENCODING says
+}
 
 # AUTOCOMMIT: a request is one statement, so no BEGIN or COMMIT costs a round trip.
 # Writes that belong together need a transaction. Begin with this, end with commit():

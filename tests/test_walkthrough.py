@@ -19,6 +19,7 @@ from harness import (
     Service,
     environment,
     free_port,
+    fresh_database,
     run,
 )
 
@@ -86,6 +87,16 @@ def test_postgres_scheme_of_older_documentation(empty_database: str) -> None:
     assert init_db(old).stdout == "users: created\n"
     with Service(old) as service:
         assert service.register("ann@example.com").status_code == 201
+
+
+def test_letters_of_all_scripts_whatever_the_encodings(server: str) -> None:
+    plain = "template0 ENCODING 'SQL_ASCII' LOCALE 'C'"
+    with fresh_database(server, like=plain) as database:
+        assert init_db(database).stdout == "users: created\n"
+        with Service(database, PGCLIENTENCODING="LATIN1") as service:
+            registered = service.register("жук@example.com")
+            assert registered.json()["email"] == "жук@example.com"
+            assert service.login("жук@example.com").status_code == 200
 
 
 # --- init_db.py
@@ -210,6 +221,8 @@ def test_init_db_without_the_database(
         ("postgresql://ann:sesame@db..example/auth", "for db..example is not like"),
         ("postgresql://ann:sesame@db/auth?port=x", "for db is not like"),
         ("postgresql://ann:sesame@db/auth?plugin=x", "for db is not like"),
+        ("postgresql://ann:sesame@db/auth?self=x", "for db is not like"),
+        ("postgresql://ann:sesame%00@db/auth", "for db is not like"),
         ("postgresql://ann:sesame@db\n/auth", "is not like"),
         ("postgresql://ann:sesame@db/\udcff", "for db is not like"),
         ("postgresql+asyncpg://ann:sesame@db/auth", "for db is not like"),
