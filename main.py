@@ -34,6 +34,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # A child of uvicorn's own logger, so that plain `uvicorn main:app` shows its lines.
 log = logging.getLogger("uvicorn.auth")
@@ -320,6 +321,30 @@ app = FastAPI(
     on_shutdown=[engine.dispose],
     responses={413: TOO_LARGE, 503: PROBLEM},
 )
+
+
+def harden(app: ASGIApp) -> ASGIApp:
+    """Middleware against two things that a client could do to uvicorn.
+
+    A chunked body need not end: uvicorn would read on after the answer, at everybody's
+    expense or into a traceback. X-Forwarded-For would write anything into its log.
+    """
+
+    async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_and_close(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"].append((b"connection", b"close"))
+            await send(message)
+
+        if client := scope.get("client"):
+            scope["client"] = (ascii(client[0])[1:-1], client[1])
+        chunked = b"transfer-encoding" in dict(scope.get("headers", ()))
+        await app(scope, receive, send_and_close if chunked else send)
+
+    return hardened
+
+
+app.add_middleware(harden)
 
 
 class TimedRoute(APIRoute):
