@@ -302,6 +302,20 @@ def test_a_short_guess_is_just_wrong(service: Service) -> None:
         assert service.login(fresh_email(), guess).status_code == 401
 
 
+def test_an_account_keeps_the_cost_it_was_registered_at(
+    service: Service, database: str
+) -> None:
+    email = fresh_email()
+    service.register(email)
+    with Service(database, BCRYPT_ROUNDS="10") as costlier:
+        assert costlier.login(email).status_code == 200
+        assert costlier.login(email, "wrong password").status_code == 401
+    with psycopg.connect(database) as connection:
+        found = "SELECT hashed_password FROM users WHERE email = %s"
+        (kept,) = connection.execute(found, [email]).fetchone()
+    assert kept.startswith("$2b$04$")
+
+
 # --- Tokens
 
 
