@@ -638,6 +638,22 @@ def test_a_chunked_request_is_the_last_of_its_connection(
     assert "Traceback" not in service.log
 
 
+@pytest.mark.parametrize(("size", "status"), [(0, 401), (5_000_000, 413)])
+def test_a_body_of_known_length_keeps_its_connection(
+    service: Service, size: int, status: int
+) -> None:
+    """Closed at once, a large one would lose its 413 with clients that send all of it first."""
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)
+    who = {"email": fresh_email(), "password": PASSWORD}
+    body = json.dumps(who) + size * " "
+    for _ in range(2):
+        connection.request("POST", "/auth/login", body, {"Content-Type": JSON})
+        answer = connection.getresponse()
+        answer.read()
+        assert (answer.status, answer.getheader("connection")) == (status, None)
+    connection.close()
+
+
 def test_headers_have_a_limit(service: Service) -> None:
     status, _, _ = say(service, "GET", "/auth/me", X=60_000 * "x")
     assert status == 401

@@ -88,9 +88,8 @@ def serve(database: str, port: int) -> None:
             )
             uvicorn.wait()
     finally:
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a second Ctrl-C must leave nothing either
+        # A second Ctrl-C must leave nothing either.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         if uvicorn.poll() is None:
             uvicorn.send_signal(signal.SIGINT)
             uvicorn.wait()
