@@ -19,6 +19,7 @@ from functools import partial
 from typing import Annotated, Any, Literal, NoReturn
 
 import bcrypt
+import h11
 import jwt
 import psycopg
 from email_validator import EmailNotValidError, validate_email
@@ -34,6 +35,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.exc import ArgumentError, DBAPIError, InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # A child of uvicorn's own logger, so that plain `uvicorn main:app` shows its lines.
@@ -317,7 +319,6 @@ TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}
 
 app = FastAPI(
     title="auth",
-    max_body_size=16 * 1024,  # bytes
     on_shutdown=[engine.dispose],
     responses={413: TOO_LARGE, 503: PROBLEM},
 )
@@ -326,15 +327,18 @@ app = FastAPI(
 def harden(app: ASGIApp) -> ASGIApp:
     """Middleware against two things that a client could do to uvicorn.
 
-    A chunked body need not end: uvicorn would read on after the answer, at everybody's
-    expense or into a traceback. X-Forwarded-For would write anything into its log.
+    A chunked body need not end, or be well formed: uvicorn would read on after the answer,
+    at everybody's expense or into a traceback. X-Forwarded-For would forge its log.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"].append((b"connection", b"close"))
-            await send(message)
+            try:
+                await send(message)
+            except h11.LocalProtocolError:
+                pass  # uvicorn has met a bad chunk, and answered that
 
         if client := scope.get("client"):
             scope["client"] = (ascii(client[0])[1:-1], client[1])
@@ -344,7 +348,8 @@ def harden(app: ASGIApp) -> ASGIApp:
     return hardened
 
 
-app.add_middleware(harden)
+app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
+app.add_middleware(harden)  # around the limit, whose answers it must see
 
 
 class TimedRoute(APIRoute):

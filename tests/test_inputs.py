@@ -609,6 +609,13 @@ def test_an_upgrade_to_another_protocol_is_not_taken_up(service: Service) -> Non
     assert "Traceback" not in service.log
 
 
+def chunked(line: str) -> bytes:
+    """The head of a request in chunks, which may follow."""
+    version = "" if "HTTP/1.1" in line else " HTTP/1.1"
+    head = f"{line}{version}\r\nHost: x\r\nContent-Type: {JSON}\r\n"
+    return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
+
+
 @pytest.mark.parametrize(
     ("line", "body", "status"),
     [
@@ -618,15 +625,15 @@ def test_an_upgrade_to_another_protocol_is_not_taken_up(service: Service) -> Non
         ("GET /docs", b"", 200),
         ("POST /auth/login", b"4444\r\n" + 0x4444 * b" " + b"\r\n", 413),
         ("POST /auth/login", b"2\r\n{}\r\n0\r\n\r\n", 422),
+        ("GET /auth/me HTTP/1.1\r\nContent-Length: 99999", b"", 413),
     ],
 )
 def test_a_chunked_request_is_the_last_of_its_connection(
     service: Service, line: str, body: bytes, status: int
 ) -> None:
     """Nobody reads on in a body that may have no end, or stumbles over its next chunk."""
-    head = f"{line} HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON}\r\n"
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
-        client.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + body)
+        client.sendall(chunked(line) + body)
         answer = http.client.HTTPResponse(client)
         answer.begin()
         assert (answer.status, answer.getheader("connection")) == (status, "close")
@@ -635,6 +642,31 @@ def test_a_chunked_request_is_the_last_of_its_connection(
             client.makefile("rb").read()  # to the end, which the service has made
         except ConnectionError:
             pass  # the same, to a client that had not finished
+    assert "Traceback" not in service.log
+
+
+@pytest.mark.parametrize("chunks", [b"no chunk\r\n", b"2\r\n{}no", b"0\r\nno\r\n\r\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "GET /nope",
+        "GET /auth/me",
+        "GET /docs",
+        "PUT /auth/login",
+        "POST /auth/login",
+        "POST /auth/login HTTP/1.1\r\nContent-Length: 99999",
+    ],
+)
+def test_a_bad_chunk_that_comes_with_its_request(
+    service: Service, line: str, chunks: bytes
+) -> None:
+    before = service.log.count("Invalid HTTP request received")
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
+        client.sendall(chunked(line) + chunks)
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    service.http.get("/")  # which comes behind it in the log
+    assert service.log.count("Invalid HTTP request received") == before + 1
     assert "Traceback" not in service.log
 
 
