@@ -325,25 +325,27 @@ app = FastAPI(
 
 
 def harden(app: ASGIApp) -> ASGIApp:
-    """Middleware against two things that a client could do to uvicorn.
+    """Middleware against three things that a client could do to uvicorn.
 
-    A chunked body need not end, or be well formed: uvicorn would read on after the answer,
-    at everybody's expense or into a traceback. X-Forwarded-For would forge its log.
+    A body in chunks need not end, and uvicorn would read on after the answer. Bytes that
+    are no HTTP make it answer by itself, and the route's answer would be a traceback.
+    X-Forwarded-For would write anything into its log.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_and_close(message: Message) -> None:
-            if message["type"] == "http.response.start":
+        chunked = b"transfer-encoding" in dict(scope.get("headers", ()))
+
+        async def send_safely(message: Message) -> None:
+            if chunked and message["type"] == "http.response.start":
                 message["headers"].append((b"connection", b"close"))
             try:
                 await send(message)
             except h11.LocalProtocolError:
-                pass  # uvicorn has met a bad chunk, and answered that
+                pass  # this request has had its answer, 400
 
         if client := scope.get("client"):
             scope["client"] = (ascii(client[0])[1:-1], client[1])
-        chunked = b"transfer-encoding" in dict(scope.get("headers", ()))
-        await app(scope, receive, send_and_close if chunked else send)
+        await app(scope, receive, send_safely)
 
     return hardened
 

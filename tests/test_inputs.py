@@ -670,6 +670,48 @@ def test_a_bad_chunk_that_comes_with_its_request(
     assert "Traceback" not in service.log
 
 
+def test_bytes_that_are_no_request_behind_a_client_that_does_not_read(
+    database: str,
+) -> None:
+    """uvicorn's own refusal then waits for the reader, and the login's answer comes too late."""
+    large = b"GET /auth/me/?%s HTTP/1.1\r\nHost: x\r\n\r\n" % (
+        15_000 * b"x"
+    )  # and sent back
+    last = (
+        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+        % (len(GOOD), GOOD)
+    )
+
+    def answers_unread(service: Service, requests: int, end: bytes = b"") -> int:
+        """The requests answered to a client that reads none of it."""
+        before = service.log.count("GET /auth/me/")
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.settimeout(2)
+            client.connect(("127.0.0.1", service.port))
+            try:
+                for _ in range(requests):
+                    client.sendall(large)
+                    time.sleep(0.001)
+            except TimeoutError:
+                pass  # no more fits
+            time.sleep(0.1)
+            if end:
+                client.sendall(end)
+                time.sleep(0.03)  # in which the login is begun
+                client.sendall(b"x")
+                time.sleep(0.4)  # in which it is over
+        return service.log.count("GET /auth/me/") - before
+
+    with Service(database, BCRYPT_ROUNDS="11") as service:
+        most = answers_unread(service, 2000)
+        for requests in range(most - 5, most):
+            answers_unread(service, requests, last)
+        assert "Traceback" not in service.log
+        assert service.log.count("Invalid HTTP request received") > 0
+
+
 @pytest.mark.parametrize(("size", "status"), [(0, 401), (5_000_000, 413)])
 def test_a_body_of_known_length_keeps_its_connection(
     service: Service, size: int, status: int
