@@ -67,7 +67,7 @@ try:
     conninfo_to_dict(_url)  # libpq, and so psql, refuses mysql://, ?typo=x and %00
     # psycopg 3, by name; older documentation and hosts print postgres://
     DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
-    DATABASE_URL.get_dialect()().create_connect_args(DATABASE_URL)  # ?port=x
+    DATABASE_URL.get_dialect()().create_connect_args(DATABASE_URL)  # refuses ?port=x
     (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
 except (ArgumentError, ValueError, psycopg.ProgrammingError):
     at = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
@@ -117,14 +117,15 @@ def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
     A connection that fails is replaced, as are all others of its age. `pool_pre_ping`
     is the same in a word, but asks each time: two round trips for every request.
     """
-    used, record.info["used"] = record.info.get("used"), time.monotonic()
+    now, used = time.monotonic(), record.info.get("used")
+    record.info["used"] = now
     if used is None:
         return  # just opened, perhaps in the place of one that failed here
     pgconn = connection.driver_connection.pgconn
     try:
-        pgconn.consume_input()  # a goodbye, without waiting for one
-        pgconn.consume_input()  # and the end behind it
-        if record.info["used"] - used >= 5:
+        pgconn.consume_input()  # reads what has come, if anything: a goodbye
+        pgconn.consume_input()  # and behind it the end
+        if now - used >= 5:
             engine.dialect.do_ping(connection)
     except psycopg.Error as error:
         raise InvalidatePoolError from error
@@ -314,7 +315,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 # --- Application and errors -------------------------------------------------------
 PROBLEM = {"model": Problem}  # 400 is FastAPI's own, for a body that is no text
-# Starlette refuses in plain text when the Content-Length alone says enough.
+# Starlette's own refusal is plain text when the Content-Length is too large already.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 app = FastAPI(
@@ -344,7 +345,7 @@ def harden(app: ASGIApp) -> ASGIApp:
                 pass  # this request has had its answer, 400
 
         if client := scope.get("client"):
-            scope["client"] = (ascii(client[0])[1:-1], client[1])
+            scope["client"] = (ascii(client[0])[1:-1], client[1])  # without its quotes
         await app(scope, receive, send_safely)
 
     return hardened

@@ -310,7 +310,7 @@ def test_numbers_that_the_prose_repeats() -> None:
     main = (ROOT / "main.py").read_text()
     for said, code in [
         ("Up to 20 a process", "pool_size=20,\n    max_overflow=0,"),
-        ("answered after 14 seconds", "DEADLINE_SECONDS = 14 "),
+        ("not answered after 14 seconds", "DEADLINE_SECONDS = 14 "),
     ]:
         assert said in README
         assert code in main
