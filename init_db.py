@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import warnings
 from typing import Any
 
 from sqlalchemy import (
@@ -13,7 +14,7 @@ from sqlalchemy import (
     inspect,
     select,
 )
-from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import CompileError, DBAPIError, SAWarning
 
 # Importing main reads every setting. This command needs DATABASE_URL alone: it signs no token and
 # hashes no password, so it answers for the other settings itself.
@@ -22,12 +23,18 @@ os.environ |= {"ACCESS_TOKEN_MINUTES": "30", "BCRYPT_ROUNDS": "4"}
 
 from main import CONNECT_ARGS, DATABASE_URL, Base, cause, refuse
 
+warnings.simplefilter("ignore", SAWarning)  # of types unknown: `differences` names them
+
 LOCK = 0x61757468  # any number will do, as long as every init_db.py takes the same
 
 
 def describe(connection: Connection, kind: Any, nullable: bool, default: Any) -> str:
     """A column in SQL's words, such as "BOOLEAN NOT NULL with a default"."""
-    words = kind.compile(connection.dialect) + (" NULL" if nullable else " NOT NULL")
+    try:
+        words = kind.compile(connection.dialect)
+    except CompileError:  # point, xml and others that SQLAlchemy does not know
+        words = "of another type"
+    words += " NULL" if nullable else " NOT NULL"
     return words + (" with a default" if default is not None else "")
 
 

@@ -154,6 +154,13 @@ def test_init_db_asks_for_no_setting_but_the_url(empty_database: str) -> None:
             "ADD COLUMN age int NOT NULL",
             ["age is INTEGER NOT NULL, should not be there"],
         ),
+        (
+            "ADD COLUMN spot point NOT NULL, DROP is_active, ADD is_active point[]",
+            [
+                "spot is of another type NOT NULL, should not be there",
+                "is_active is of another type NULL, should be BOOLEAN",
+            ],
+        ),
     ],
 )
 def test_init_db_refuses_a_table_that_differs(
@@ -176,9 +183,34 @@ def test_init_db_refuses_a_table_that_differs(
 def test_init_db_leaves_columns_that_it_need_not_fill(tables: str) -> None:
     with psycopg.connect(tables, autocommit=True) as connection:
         connection.execute(
-            "ALTER TABLE users ADD COLUMN nickname text, ADD n int NOT NULL DEFAULT 1"
+            "ALTER TABLE users ADD COLUMN nickname text, ADD n int NOT NULL DEFAULT 1,"
+            " ADD spot point"
         )
-    assert init_db(tables).stdout == "users: already there\n"
+    done = init_db(tables)
+    assert (done.stdout, done.stderr) == ("users: already there\n", "")
+
+
+SLOW_ROUTE = """
+import asyncio, main
+from fastapi import APIRouter
+from starlette.testclient import TestClient
+
+router = APIRouter(route_class=main.TimedRoute)
+
+@router.get("/slow")
+async def slow():
+    await asyncio.sleep(60)
+
+main.app.include_router(router)
+main.DEADLINE_SECONDS = 0.1
+print(TestClient(main.app).get("/slow").status_code)
+"""
+
+
+def test_a_router_of_your_own_keeps_the_limit(database: str) -> None:
+    assert "`APIRouter(route_class=TimedRoute)`" in (ROOT / "README.md").read_text()
+    done = run("python", "-W", "ignore", "-c", SLOW_ROUTE, database=database)
+    assert done.stdout == "503\n", done.stderr
 
 
 @pytest.mark.parametrize(
