@@ -329,8 +329,9 @@ def harden(app: ASGIApp) -> ASGIApp:
     """Middleware against three things that a client could do to uvicorn.
 
     A body in chunks need not end, and uvicorn would read on after the answer. Bytes that
-    are no HTTP make it answer by itself, and the route's answer would be a traceback.
-    X-Forwarded-For would write anything into its log.
+    are no HTTP make it answer by itself; the route's answer would then be a traceback,
+    down to the password in a body that was refused. X-Forwarded-For would write anything
+    into the log.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
@@ -341,8 +342,9 @@ def harden(app: ASGIApp) -> ASGIApp:
                 message["headers"].append((b"connection", b"close"))
             try:
                 await send(message)
-            except h11.LocalProtocolError:
-                pass  # this request has had its answer, 400
+            except (h11.LocalProtocolError, RuntimeError) as error:
+                # The client has gone (uvloop's), or has had uvicorn's 400 (h11's).
+                log.info("answer not sent: %a", error)
 
         if client := scope.get("client"):
             scope["client"] = (ascii(client[0])[1:-1], client[1])  # without its quotes
