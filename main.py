@@ -344,7 +344,7 @@ def harden(app: ASGIApp) -> ASGIApp:
                 await send(message)
             except (h11.LocalProtocolError, RuntimeError) as error:
                 # The client has gone (uvloop's), or has had uvicorn's 400 (h11's).
-                log.info("answer not sent: %a", error)
+                log.info("answer not sent: %s", error)
 
         if client := scope.get("client"):
             scope["client"] = (ascii(client[0])[1:-1], client[1])  # without its quotes
