@@ -353,6 +353,14 @@ def harden(app: ASGIApp) -> ASGIApp:
     return hardened
 
 
+def on_one_line(record: logging.LogRecord) -> bool:
+    """Take the traceback out of what asyncio logs of a connection: clients cause it."""
+    if record.getMessage().startswith(("Fatal error", "socket.accept")):
+        record.exc_info = None
+    return True
+
+
+logging.getLogger("asyncio").addFilter(on_one_line)
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 app.add_middleware(harden)  # around the limit, whose answers it must see
 
