@@ -163,7 +163,7 @@ def normalize_email(email: str) -> str:
     Raises ValueError when it is no address.
     """
     try:
-        email = email.strip().lower()
+        email = email.strip().lower().replace("ς", "σ")  # both are a small Σ
         return validate_email(email, check_deliverability=False).normalized
     except EmailNotValidError:  # whose own text quotes the input
         raise ValueError("not an email address") from None

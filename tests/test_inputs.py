@@ -85,6 +85,15 @@ def test_one_address_is_one_account_however_it_is_spelt(
     assert service.login(spelling).status_code == 200
 
 
+@pytest.mark.parametrize("small", ["νικος.π@example.com", "a@οδος.example.com"])
+def test_a_greek_address_is_one_account_in_capitals_too(
+    service: Service, small: str
+) -> None:
+    assert service.register(small).status_code == 201
+    assert service.register(small.upper()).status_code == 409
+    assert service.login(small.upper()).status_code == 200
+
+
 def test_a_hundred_registrations_of_one_address_make_one_account(
     service: Service,
 ) -> None:
