@@ -23,7 +23,7 @@ os.environ |= {"ACCESS_TOKEN_MINUTES": "30", "BCRYPT_ROUNDS": "4"}
 
 from main import CONNECT_ARGS, DATABASE_URL, Base, cause, refuse
 
-warnings.simplefilter("ignore", SAWarning)  # of types unknown: `differences` names them
+warnings.simplefilter("ignore", SAWarning)  # of column types that it does not know
 
 LOCK = 0x61757468  # any number will do, as long as every init_db.py takes the same
 

@@ -328,10 +328,9 @@ app = FastAPI(
 def harden(app: ASGIApp) -> ASGIApp:
     """Middleware against three things that a client could do to uvicorn.
 
-    A body in chunks need not end, and uvicorn would read on after the answer. Bytes that
-    are no HTTP make it answer by itself; the route's answer would then be a traceback,
-    down to the password in a body that was refused. X-Forwarded-For would write anything
-    into the log.
+    A body in chunks need not end: uvicorn would read on after the answer. Bytes that are no
+    HTTP make it answer by itself: the route's answer would be a traceback, passwords
+    included. X-Forwarded-For would write anything into the log.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
@@ -353,16 +352,18 @@ def harden(app: ASGIApp) -> ASGIApp:
     return hardened
 
 
-def on_one_line(record: logging.LogRecord) -> bool:
-    """Take the traceback out of what asyncio logs of a connection: clients cause it."""
+app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
+app.add_middleware(harden)  # around the limit, whose answers it must see
+
+
+def without_traceback(record: logging.LogRecord) -> bool:
+    """Log filter for what asyncio says of a connection: clients can cause it at will."""
     if record.getMessage().startswith(("Fatal error", "socket.accept")):
         record.exc_info = None
     return True
 
 
-logging.getLogger("asyncio").addFilter(on_one_line)
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
-app.add_middleware(harden)  # around the limit, whose answers it must see
+logging.getLogger("asyncio").addFilter(without_traceback)
 
 
 class TimedRoute(APIRoute):

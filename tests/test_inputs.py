@@ -6,11 +6,13 @@ import hmac
 import http.client
 import json
 import re
+import resource
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -740,6 +742,44 @@ def test_a_body_of_known_length_keeps_its_connection(
         answer.read()
         assert (answer.status, answer.getheader("connection")) == (status, None)
     connection.close()
+
+
+GONE = """
+import asyncio
+from main import harden
+
+async def app(scope, receive, send):
+    await send({"type": "http.response.start", "status": 422, "headers": []})
+
+async def send(message):
+    raise RuntimeError("the handler is closed")
+
+asyncio.run(harden(app)({"type": "http"}, None, send))
+"""
+
+
+def test_an_answer_to_a_client_that_has_gone_is_no_error(database: str) -> None:
+    """As uvloop words it, if that is installed: the rest of asyncio says nothing."""
+    done = run("python", "-c", GONE, database=database)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_more_connections_than_the_system_gives(database: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        service = Service(database)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    with service, ExitStack() as stack:
+        for _ in range(120):
+            idle = socket.create_connection(("127.0.0.1", service.port), timeout=10)
+            stack.enter_context(idle)
+        time.sleep(0.5)
+        stack.close()
+        assert service.login(fresh_email()).status_code == 401
+        assert "socket.accept() out of system resource" in service.log
+        assert "Traceback" not in service.log
 
 
 def test_headers_have_a_limit(service: Service) -> None:
