@@ -21,7 +21,7 @@ from sqlalchemy.exc import CompileError, DBAPIError, SAWarning
 os.environ |= {"JWT_SECRET": secrets.token_hex(32)}
 os.environ |= {"ACCESS_TOKEN_MINUTES": "30", "BCRYPT_ROUNDS": "4"}
 
-from main import CONNECT_ARGS, DATABASE_URL, Base, cause, refuse
+from main import CONNECT_ARGS, DATABASE_URL, Base, database_message, refuse
 
 warnings.simplefilter("ignore", SAWarning)  # of column types that it does not know
 
@@ -100,7 +100,7 @@ def init_db() -> None:
                     )
     except DBAPIError as error:
         where = DATABASE_URL.host or DATABASE_URL.query.get("host", "the local socket")
-        refuse(f"cannot create tables at {where}: {cause(error)}")
+        refuse(f"cannot create tables at {where}: {database_message(error)}")
     for table in Base.metadata.sorted_tables:
         print(f"{table.name}: {'already there' if table.name in there else 'created'}")
 

@@ -1,7 +1,7 @@
 """Authentication service: register, log in, get an access token, use it.
 
-Made to be read from top to bottom: settings, database, schemas, passwords, tokens,
-dependencies, errors, routes. It creates no table; `python init_db.py` does, once.
+Made to be read from top to bottom: settings, database, passwords, access tokens, schemas,
+dependencies, application, errors, routes. It creates no table; `python init_db.py` does.
 """
 
 import asyncio
@@ -42,10 +42,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 log = logging.getLogger("uvicorn.auth")
 
 
-# --- Settings: environment variables, read once, here -----------------------------
-def refuse(problem: str) -> NoReturn:
+# --- Settings: four environment variables, read once, here ------------------------
+def refuse(message: str) -> NoReturn:
     """Exit with one line on stderr; status 3 stops `uvicorn --workers` as well."""
-    print(f"error: {problem}", file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(3)
 
 
@@ -59,19 +59,23 @@ def whole_number(name: str, default: int, least: int, most: int) -> int:
 
 _url = os.environ.get("DATABASE_URL", "")
 if not _url:
-    refuse("DATABASE_URL is not set: quote it in .env, then: set -a; . ./.env; set +a")
+    refuse(
+        "DATABASE_URL is not set: put it into .env, in quotes, then: "
+        "set -a; . ./.env; set +a"
+    )
 try:
-    # A second @ is the password's own, and half of that would pass for a host.
+    # An @ in the password, unless it is %40, would make the rest of it part of the host.
     if _url.count("@") > 1 or not _url.isprintable():
         raise ValueError
-    conninfo_to_dict(_url)  # libpq, and so psql, refuses mysql://, ?typo=x and %00
-    # psycopg 3, by name; older documentation and hosts print postgres://
+    conninfo_to_dict(_url)  # libpq, as in psql: refuses mysql://, ?typo=x and %00
+    # SQLAlchemy is told to use psycopg 3; some hosts still write postgres://
     DATABASE_URL = make_url(re.sub("^postgres(ql)?:", "postgresql+psycopg:", _url))
     DATABASE_URL.get_dialect()().create_connect_args(DATABASE_URL)  # refuses ?port=x
-    (DATABASE_URL.host or "").encode("idna")  # what no name server could look up: a..b
+    (DATABASE_URL.host or "").encode("idna")  # refuses names like a..b
 except (ArgumentError, ValueError, psycopg.ProgrammingError):
-    at = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
-    host = f" for {at[1]}" if at else ""
+    # Name the host, if it can be told from the password, and never the password.
+    found = re.fullmatch(r"[^?@]*@([\w.-]+)([:/?][^@]*)?", _url)
+    host = f" for {found[1]}" if found else ""
     refuse(f"DATABASE_URL{host} is not like postgresql://user:password@host/database")
 
 JWT_SECRET = os.fsencode(os.environ.get("JWT_SECRET", ""))
@@ -84,13 +88,12 @@ except jwt.InvalidKeyError:
 
 ACCESS_TOKEN_SECONDS = 60 * whole_number("ACCESS_TOKEN_MINUTES", 30, 1, 999_999_999)
 BCRYPT_ROUNDS = whole_number("BCRYPT_ROUNDS", 12, 4, 31)
-DEADLINE_SECONDS = 14  # 24 at the worst: psycopg takes 10 more to leave a hung query
 
 
-# --- Database: engine, session, model ---------------------------------------------
+# --- Database: engine, model, statements ------------------------------------------
 CONNECT_ARGS = {
     "connect_timeout": 10,  # seconds
-    "prepare_threshold": None,  # a pooler may give each statement another connection
+    "prepare_threshold": None,  # prepare nothing: a pooler may switch connections
     "client_encoding": "utf8",  # whatever the server's is, or PGCLIENTENCODING says
 }
 
@@ -112,20 +115,21 @@ engine = create_async_engine(
 
 @event.listens_for(engine.sync_engine, "checkout")
 def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
-    """Look whether the server has hung up, and ask it after 5 seconds without a word.
+    """Before a connection is used, look whether the server has closed it.
 
-    A connection that fails is replaced, as are all others of its age. `pool_pre_ping`
-    is the same in a word, but asks each time: two round trips for every request.
+    If it was last taken 5 seconds ago or more, also ask the server. When that fails, the
+    pool replaces it and all others of its age. `pool_pre_ping=True` is the short form of
+    this, but asks every time: two round trips for each request instead of one.
     """
-    now, used = time.monotonic(), record.info.get("used")
-    record.info["used"] = now
-    if used is None:
+    now, last_taken = time.monotonic(), record.info.get("last_taken")
+    record.info["last_taken"] = now
+    if last_taken is None:
         return  # just opened, perhaps in the place of one that failed here
     pgconn = connection.driver_connection.pgconn
     try:
-        pgconn.consume_input()  # reads what has come, if anything: a goodbye
-        pgconn.consume_input()  # and behind it the end
-        if now - used >= 5:
+        pgconn.consume_input()  # reads the server's last message, if it sent one,
+        pgconn.consume_input()  # and then meets the closed socket
+        if now - last_taken >= 5:
             engine.dialect.do_ping(connection)
     except psycopg.Error as error:
         raise InvalidatePoolError from error
@@ -138,7 +142,7 @@ class Base(DeclarativeBase):
 class User(Base):
     __tablename__ = "users"
 
-    # Random: counted 1, 2, 3, a token would outlive its table and open the next one.
+    # Random, not 1, 2, 3: when the table is made anew, no old token names a new user.
     id: Mapped[uuid.UUID] = mapped_column(
         primary_key=True, server_default=func.gen_random_uuid()
     )
@@ -152,27 +156,17 @@ class User(Base):
 
 # Built once: composing a statement takes longer than running it.
 ADD_USER = insert(User).on_conflict_do_nothing().returning(User)
-USER_BY_EMAIL = select(User).where(User.email == bindparam("email"), User.is_active)
-USER_BY_ID = select(User).where(User.id == bindparam("id"), User.is_active)
+ACTIVE_USER = select(User).where(User.is_active)
+ACTIVE_USER_BY_EMAIL = ACTIVE_USER.where(User.email == bindparam("email"))
+ACTIVE_USER_BY_ID = ACTIVE_USER.where(User.id == bindparam("id"))
 
 
-# --- Schemas: what comes in, what goes out ----------------------------------------
-def normalize_email(email: str) -> str:
-    """The one spelling that an address is kept under: lower case, no blanks around.
-
-    Raises ValueError when it is no address.
-    """
-    try:
-        email = email.strip().lower().replace("ς", "σ")  # both are a small Σ
-        return validate_email(email, check_deliverability=False).normalized
-    except EmailNotValidError:  # whose own text quotes the input
-        raise ValueError("not an email address") from None
-
-
+# --- Passwords: bcrypt ------------------------------------------------------------
 def to_bytes(password: str) -> bytes:
-    """A password as bcrypt gets it: UTF-8, but a NUL is C0 80, which no letter is.
+    """The password as bcrypt gets it: UTF-8, except that a NUL becomes C0 80.
 
-    bcrypt repeats a password and a NUL to 72 bytes: "ab\\0ab" would be the same as "ab".
+    bcrypt repeats a password and a NUL until it has 72 bytes, so "ab\\0ab" would open what
+    "ab" opens. C0 80 stands for no character in UTF-8, so it cannot be mistaken.
     """
     return password.encode().replace(b"\0", b"\xc0\x80")
 
@@ -188,6 +182,63 @@ def normalize_password(password: str) -> str:
     return password
 
 
+# Hashing has threads of its own, one for each core, and never stops the event loop.
+# On Linux each thread has its own niceness: all else on a core goes before hashing.
+be_nice = partial(os.nice, 5) if sys.platform == "linux" else None
+hashing = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
+
+
+async def hash_password(password: str) -> str:
+    """The bcrypt hash of a password, after a quarter of a second or so at 12 rounds."""
+    job = (bcrypt.hashpw, to_bytes(password), bcrypt.gensalt(BCRYPT_ROUNDS))
+    return (await asyncio.get_running_loop().run_in_executor(hashing, *job)).decode()
+
+
+async def check_password(password: str, hashed_password: str) -> bool:
+    """Whether a hash is of this password; takes as long as hashing it."""
+    job = (bcrypt.checkpw, to_bytes(password), hashed_password.encode())
+    return await asyncio.get_running_loop().run_in_executor(hashing, *job)
+
+
+# What a login checks when nobody has the address, so that it takes as long as when
+# somebody has, and its time does not tell who has an account. No password matches it.
+NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
+
+
+# --- Access tokens: JWT -----------------------------------------------------------
+def issue_token(user_id: uuid.UUID) -> str:
+    """An access token for a user: a JWT, good for ACCESS_TOKEN_SECONDS from now."""
+    now = int(time.time())
+    claims = {"sub": str(user_id), "iat": now, "exp": now + ACCESS_TOKEN_SECONDS}
+    return jwt.encode(claims, JWT_SECRET, "HS256")
+
+
+def read_token(token: str) -> uuid.UUID:
+    """The user id in an access token.
+
+    Raises jwt.InvalidTokenError when it is no JWT, is signed with another secret or
+    algorithm, lacks a claim, has expired or comes from the future; ValueError when `sub`
+    is no UUID. Whether there is such a user is for get_current_user to find out.
+    """
+    required = {"require": ["sub", "iat", "exp"]}
+    # The algorithm is ours to say, never the token's (RFC 8725 §3.1).
+    claims = jwt.decode(token, JWT_SECRET, algorithms=["HS256"], options=required)
+    return uuid.UUID(claims["sub"])
+
+
+# --- Schemas: what comes in, what goes out ----------------------------------------
+def normalize_email(email: str) -> str:
+    """The one spelling that an address is kept under: lower case, no blanks around.
+
+    Raises ValueError when it is no address.
+    """
+    try:
+        email = email.strip().lower().replace("ς", "σ")  # both are a small Σ
+        return validate_email(email, check_deliverability=False).normalized
+    except EmailNotValidError:  # whose own text quotes the input
+        raise ValueError("not an email address") from None
+
+
 def check_length(password: str) -> str:
     """The password, unless it has fewer than 8 characters: then ValueError."""
     if len(password) < 8:
@@ -195,7 +246,7 @@ def check_length(password: str) -> str:
     return password
 
 
-# A limit, any limit, also makes pydantic refuse what is no Unicode: lone surrogates.
+# Any max_length makes pydantic refuse half characters (lone surrogates) as well.
 Text = Annotated[str, Field(max_length=1024)]
 Email = Annotated[Text, AfterValidator(normalize_email)]
 Password = Annotated[Text, AfterValidator(normalize_password)]
@@ -203,7 +254,7 @@ Password = Annotated[Text, AfterValidator(normalize_password)]
 
 class Credentials(BaseModel):
     email: Email = Field(json_schema_extra={"format": "email"})
-    password: Password  # of any length: at login a short guess is just wrong
+    password: Password  # no least length: at login a short guess is just wrong
 
 
 class Registration(Credentials):
@@ -211,6 +262,8 @@ class Registration(Credentials):
 
 
 class UserOut(BaseModel):
+    """What a route shows of a User: FastAPI leaves out the rest, the hash."""
+
     id: uuid.UUID
     email: str
     is_active: bool
@@ -227,51 +280,14 @@ class Problem(BaseModel):
     detail: str
 
 
-# --- Passwords and tokens: bcrypt, JWT --------------------------------------------
-# One thread per core: logins can fill the cores, yet never the event loop. On Linux
-# being nice is each thread's own affair, so there all else goes first on a core, too.
-polite = partial(os.nice, 5) if sys.platform == "linux" else None
-hashing = ThreadPoolExecutor(os.cpu_count(), initializer=polite)
-
-# Shaped like a hash, but nobody's: an unknown address must cost what a known one does.
-NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
-
-
-async def hash_password(password: str) -> str:
-    """The bcrypt hash of a password, after a quarter of a second or so at 12 rounds."""
-    job = (bcrypt.hashpw, to_bytes(password), bcrypt.gensalt(BCRYPT_ROUNDS))
-    return (await asyncio.get_running_loop().run_in_executor(hashing, *job)).decode()
-
-
-async def check_password(password: str, hashed_password: str) -> bool:
-    """Whether a hash is of this password; takes as long as hashing it."""
-    job = (bcrypt.checkpw, to_bytes(password), hashed_password.encode())
-    return await asyncio.get_running_loop().run_in_executor(hashing, *job)
-
-
-def issue_token(user_id: uuid.UUID) -> str:
-    """An access token for a user: a JWT, good for ACCESS_TOKEN_SECONDS from now."""
-    now = int(time.time())
-    claims = {"sub": str(user_id), "iat": now, "exp": now + ACCESS_TOKEN_SECONDS}
-    return jwt.encode(claims, JWT_SECRET, "HS256")
-
-
-def read_token(token: str) -> uuid.UUID:
-    """The user id in an access token. Raises jwt.InvalidTokenError or ValueError."""
-    required = {"require": ["sub", "iat", "exp"]}
-    # The algorithm is ours to say, never the token's (RFC 8725 §3.1).
-    claims = jwt.decode(token, JWT_SECRET, algorithms=["HS256"], options=required)
-    return uuid.UUID(claims["sub"])
-
-
 # --- Dependencies: what a route asks for in its signature -------------------------
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """A session: a connection is taken at its first statement, and given back here."""
+    """A session: takes a connection at its first statement, gives it back at its end."""
     async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session
 
 
-# scope="function": over when the route returns, however slow the response's reader.
+# scope="function": its end is when the route returns, however slowly the client reads.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 BearerDep = Annotated[
     HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
@@ -285,7 +301,10 @@ def unauthorized(detail: str, error: str = "") -> HTTPException:
 
 
 async def get_current_user_id(bearer: BearerDep) -> uuid.UUID:
-    """The user id in the access token, without asking the database. Raises 401."""
+    """The user id in the access token. Raises 401 when there is no token or a bad one.
+
+    The database is not asked: the user may have been deactivated or deleted meanwhile.
+    """
     if bearer is None:
         raise unauthorized("Not authenticated")
     try:
@@ -300,10 +319,10 @@ CurrentUserId = Annotated[uuid.UUID, Depends(get_current_user_id)]
 async def get_current_user(user_id: CurrentUserId) -> User:
     """The active user whom the access token names. Raises 401, also if there is none.
 
-    It is a copy, in no session, and holds no connection while the route does its work.
+    It is a copy, in no session: the connection is given back before the route begins.
     """
     async with engine.connect() as connection:  # a session takes a third longer
-        found = await connection.execute(USER_BY_ID, {"id": user_id})
+        found = await connection.execute(ACTIVE_USER_BY_ID, {"id": user_id})
     row = found.mappings().one_or_none()
     if row is None:
         raise unauthorized("Invalid access token", "invalid_token")
@@ -313,8 +332,8 @@ async def get_current_user(user_id: CurrentUserId) -> User:
 CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
-# --- Application and errors -------------------------------------------------------
-PROBLEM = {"model": Problem}  # 400 is FastAPI's own, for a body that is no text
+# --- Application: its limits, and what clients could do to uvicorn ----------------
+PROBLEM = {"model": Problem}
 # Starlette's own refusal is plain text when the Content-Length is too large already.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
@@ -324,16 +343,38 @@ app = FastAPI(
     responses={413: TOO_LARGE, 503: PROBLEM},
 )
 
+DEADLINE_SECONDS = 14  # a hung query can take 10 more, while psycopg cancels it
 
-def harden(app: ASGIApp) -> ASGIApp:
+
+class TimedRoute(APIRoute):
+    """A route that raises TimeoutError when body and answer take DEADLINE_SECONDS."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_in_time(request: Request) -> Response:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                return await handle(request)
+
+        return handle_in_time
+
+
+app.router.route_class = TimedRoute  # for every @app.get, @app.post and so on
+
+
+def harden(inner: ASGIApp) -> ASGIApp:
     """Middleware against three things that a client could do to uvicorn.
 
-    A body in chunks need not end: uvicorn would read on after the answer. Bytes that are no
-    HTTP make it answer by itself: the route's answer would be a traceback, passwords
-    included. X-Forwarded-For would write anything into the log.
+    1. X-Forwarded-For writes anything into the log: it is escaped.
+    2. A body in chunks never ends, and uvicorn reads on after the answer: after the answer
+       to one, the connection is closed.
+    3. The client leaves, or sends what is not HTTP, and uvicorn answers that by itself:
+       the route's answer then fails, and a traceback would show passwords.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
+        if client := scope.get("client"):
+            scope["client"] = (ascii(client[0])[1:-1], client[1])  # without its quotes
         chunked = b"transfer-encoding" in dict(scope.get("headers", ()))
 
         async def send_safely(message: Message) -> None:
@@ -341,23 +382,20 @@ def harden(app: ASGIApp) -> ASGIApp:
                 message["headers"].append((b"connection", b"close"))
             try:
                 await send(message)
-            except (h11.LocalProtocolError, RuntimeError) as error:
-                # The client has gone (uvloop's), or has had uvicorn's 400 (h11's).
+            except (RuntimeError, h11.LocalProtocolError) as error:
                 log.info("answer not sent: %s", error)
 
-        if client := scope.get("client"):
-            scope["client"] = (ascii(client[0])[1:-1], client[1])  # without its quotes
-        await app(scope, receive, send_safely)
+        await inner(scope, receive, send_safely)
 
     return hardened
 
 
 app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
-app.add_middleware(harden)  # around the limit, whose answers it must see
+app.add_middleware(harden)  # the last one is the outermost: it sees the limit's 413
 
 
 def without_traceback(record: logging.LogRecord) -> bool:
-    """Log filter for what asyncio says of a connection: clients can cause it at will."""
+    """Log filter: one line is enough for asyncio's errors that any client can cause."""
     if record.getMessage().startswith(("Fatal error", "socket.accept")):
         record.exc_info = None
     return True
@@ -366,31 +404,16 @@ def without_traceback(record: logging.LogRecord) -> bool:
 logging.getLogger("asyncio").addFilter(without_traceback)
 
 
-class TimedRoute(APIRoute):
-    """A route with a limit: TimeoutError when body and answer take longer together."""
-
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        answer = super().get_route_handler()
-
-        async def answer_in_time(request: Request) -> Response:
-            async with asyncio.timeout(DEADLINE_SECONDS):
-                return await answer(request)
-
-        return answer_in_time
-
-
-app.router.route_class = TimedRoute  # as APIRouter(route_class=TimedRoute) for yours
-
-
+# --- Errors -----------------------------------------------------------------------
 @app.exception_handler(RequestValidationError)
 async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """422, without the `input` of FastAPI's own, which sends the password back."""
     keys = ("type", "loc", "msg")
-    detail = [{key: problem[key] for key in keys} for problem in error.errors()]
+    detail = [{key: item[key] for key in keys} for item in error.errors()]
     return JSONResponse({"detail": detail}, 422)
 
 
-def cause(error: DBAPIError) -> str:
+def database_message(error: DBAPIError) -> str:
     """What the database said, on one line; not its DETAIL, which can quote a row."""
     return " ".join((error.orig.diag.message_primary or str(error.orig)).split())
 
@@ -398,23 +421,32 @@ def cause(error: DBAPIError) -> str:
 @app.exception_handler(TimeoutError)
 @app.exception_handler(DBAPIError)
 async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONResponse:
-    """503 when the database cannot serve, or nothing can in time; the log says why."""
+    """503 for any error of the database, and for no answer in time; the log says why.
+
+    A route whose statement may break a constraint catches that IntegrityError by itself.
+    """
     detail = "Temporarily unavailable, try again"
     if isinstance(error, TimeoutError):
         why = f"no answer within {DEADLINE_SECONDS} seconds"
     elif isinstance(error.orig, psycopg.errors.UndefinedTable):
         why = detail = "There are no tables yet, create them: python init_db.py"
     else:
-        why = cause(error)
+        why = database_message(error)
     log.error("unavailable: %s", why)
     return JSONResponse({"detail": detail}, 503, headers={"Retry-After": "5"})
 
 
 # --- Routes -----------------------------------------------------------------------
+# Yours go below, or into a file of their own that imports this one. `user: CurrentUser`
+# in the signature protects a route, `session: SessionDep` gives it the database.
+
+
+# 400 is FastAPI's own answer to a body that is not text.
 @app.post("/auth/register", status_code=201, responses={400: PROBLEM, 409: PROBLEM})
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. The unique constraint decides who came first."""
-    row = {"email": new.email, "hashed_password": await hash_password(new.password)}
+    hashed_password = await hash_password(new.password)  # holds no connection yet
+    row = {"email": new.email, "hashed_password": hashed_password}
     user = await session.scalar(ADD_USER, row)
     if user is None:
         log.info("registration refused, taken: %a", new.email)
@@ -428,8 +460,8 @@ async def login(
     credentials: Credentials, session: SessionDep, response: Response
 ) -> AccessToken:
     """Exchange an email and a password for an access token."""
-    user = await session.scalar(USER_BY_EMAIL, {"email": credentials.email})
-    await session.close()  # connections are few, and hashing holds none
+    user = await session.scalar(ACTIVE_USER_BY_EMAIL, {"email": credentials.email})
+    await session.close()  # gives the connection back before the slow part
     hashed_password = user.hashed_password if user else NOBODYS_HASH
     if not await check_password(credentials.password, hashed_password) or not user:
         log.info("login refused: %a", credentials.email)
@@ -441,5 +473,5 @@ async def login(
 
 @app.get("/auth/me", responses={401: PROBLEM})
 async def me(user: CurrentUser) -> UserOut:
-    """The user whom the access token names: the model of a protected route."""
+    """The user whom the access token names: the pattern for a protected route."""
     return user
