@@ -1,123 +1,114 @@
-"""The README's table of messages: the mistake is made, and the message is the one printed."""
+"""The README's table of messages: the mistake is typed, and the message is the one printed."""
 
 import re
-import secrets
-import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
-import psycopg
 import pytest
-from harness import ROOT, Service, environment, run
-from test_readme import README, Elision
+from harness import POSTGRES_BIN, environment, free_port
+from reader import README, Elision, reader
+
+TEXT = README.read_text()
+SECTION = TEXT.partition("## When something is wrong")[2].partition("\n## ")[0]
+ROWS = dict(re.findall(r"^\| `(.+?)` \| (.+) \|$", SECTION, re.MULTILINE))
+(ENV,) = re.findall(r"^cat > \.env .+?^set -a[^\n]+\n", TEXT, re.MULTILINE | re.DOTALL)
+
+LOAD = "set -a; . ./.env; set +a"
+SERVE = (
+    "uvicorn main:app --port $PORT & "
+    "until curl -so /dev/null $API/docs; do sleep .1; done"
+)
+POST = "curl -s -H 'Content-Type: application/json' -d"
+ANN = """'{"email": "ann@example.com", "password": "correct horse"}'"""
+LONG = """'{"email": "ann@example.com", "password": "ééééééééééééééééééééééééééééééééééééé"}'"""
 
 
-def messages() -> list[str]:
-    """The first column of the troubleshooting table, without its backticks."""
-    table = README.partition("## When something is wrong")[2].partition("\n## ")[0]
-    return re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
+class Mistake(NamedTuple):
+    """Commands that make it, commands that then follow the advice and succeed, more output."""
+
+    made: str
+    mended: str = ""
+    also: str = ""
 
 
-def refusal(*command: str, **settings: str) -> Callable[[str], str]:
-    """What a command prints that ought to fail."""
-    return lambda database: (
-        run(*command, settings=environment(database, **settings)).stderr
-    )
-
-
-def altered_table(database: str) -> str:
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("ALTER TABLE users DROP COLUMN is_active")
-    return run("python", "init_db.py", database=database).stderr
-
-
-def no_tables(database: str) -> str:
-    with psycopg.connect(database, autocommit=True) as connection:
-        connection.execute("DROP TABLE users")
-    with Service(database) as service:
-        answer = service.login("ann@example.com").text
-        return answer if "python init_db.py" in service.log else "nothing in the log"
-
-
-def unreachable(_: str) -> str:
-    with Service("postgresql://ann@127.0.0.1:1/auth") as service:
-        answer = service.login("ann@example.com").text
-        return answer if "Connection refused" in service.log else "nothing in the log"
-
-
-def taken_port(database: str) -> str:
-    with Service(database) as service:
-        command = ["uvicorn", "main:app", "--port", str(service.port)]
-        return refusal(*command)(database)
-
-
-def answer(path: str, body: dict[str, str] | None) -> Callable[[str], str]:
-    def ask(database: str) -> str:
-        with Service(database) as service:
-            if body is not None:
-                return service.http.post(path, json=body).text
-            return service.me("old-token").text
-
-    return ask
-
-
-def unquoted_url(database: str) -> str:
-    """The shell's own `&` does it: the URL's rest is another command, and it is never set."""
-    with tempfile.TemporaryDirectory() as name:
-        (Path(name) / ".env").write_text(
-            f"DATABASE_URL={database}?sslmode=require&channel_binding=require\n"
-            f"JWT_SECRET={secrets.token_hex(32)}\n"
-        )
-        settings = environment(None)
-        settings.pop("DATABASE_URL", None)
-        load = f"cd '{name}'; set -a; . ./.env; set +a; cd '{ROOT}'; exec python init_db.py"
-        return run("sh", "-c", load, settings=settings).stderr
-
-
-def init_db_with(change: Callable[[str], str]) -> Callable[[str], str]:
-    return lambda database: (
-        run("python", "init_db.py", database=change(database)).stderr
-    )
-
-
-MISTAKES: dict[str, Callable[[str], str]] = {
-    "error: DATABASE_URL is not set": unquoted_url,
-    "ModuleNotFoundError": refusal(sys.executable, "-S", "init_db.py"),
-    "error: DATABASE_URL for 127.0.0.1 is not like": init_db_with(
-        lambda url: f"psql '{url}'"
+MISTAKES = {
+    "error: DATABASE_URL is not set": Mistake(
+        f"unset DATABASE_URL; sed -i.old 's/\"//g' .env; {LOAD}; python init_db.py",
+        f"mv .env.old .env; {LOAD}; python init_db.py",
     ),
-    "error: JWT_SECRET": refusal("uvicorn", "main:app", JWT_SECRET="secret"),
-    "error: BCRYPT_ROUNDS": refusal("uvicorn", "main:app", BCRYPT_ROUNDS="99"),
-    "There are no tables yet": no_tables,
-    "error: table users differs": altered_table,
-    "error: cannot create tables": init_db_with(
-        lambda _: "postgresql://ann@127.0.0.1:1/auth"
+    "ModuleNotFoundError": Mistake(
+        "python3 -m venv --without-pip empty; PATH=$PWD/empty/bin:/usr/bin:/bin\n"
+        "uvicorn main:app; python init_db.py",
+        "PATH=$VENV:$PATH; python init_db.py",
+        "uvicorn: command not found",
     ),
-    "password authentication failed": init_db_with(
-        lambda url: re.sub("//[^@]+@", "//postgres:wrong@", url)
+    "error: DATABASE_URL for 127.0.0.1 is not like": Mistake(
+        "export DATABASE_URL=\"psql 'postgresql://ann:sesame@127.0.0.1/auth'\"\n"
+        "python init_db.py",
+        f"{LOAD}; python init_db.py",
     ),
-    "Temporarily unavailable": unreachable,
-    "address already in use": taken_port,
-    "Value error, password is longer": answer(
-        "/auth/register", {"email": "ann@example.com", "password": 37 * "é"}
+    "error: JWT_SECRET": Mistake(
+        f"sed -i.old s/^JWT.*// .env; unset JWT_SECRET; {LOAD}; uvicorn main:app",
+        f'echo "JWT_SECRET=$(openssl rand -hex 32)" >> .env; {LOAD}; {SERVE}; kill %1',
     ),
-    "Invalid access token": answer("/auth/me", None),
+    "error: BCRYPT_ROUNDS": Mistake(
+        f"echo BCRYPT_ROUNDS=99 >> .env; {LOAD}; uvicorn main:app",
+        f"sed -i.old /^BCRYPT/d .env; unset BCRYPT_ROUNDS; {LOAD}; {SERVE}; kill %1",
+    ),
+    "There are no tables yet": Mistake(
+        f"psql $DATABASE_URL -c 'DROP TABLE users'; {SERVE}; {POST} {ANN} $API/auth/login",
+        f"python init_db.py; {POST} {ANN} -f $API/auth/register; kill %1",
+    ),
+    "error: table users differs": Mistake(
+        "psql $DATABASE_URL -c 'ALTER TABLE users DROP is_active'; python init_db.py",
+        "psql $DATABASE_URL -c 'DROP TABLE users'; python init_db.py",
+    ),
+    "error: cannot create tables": Mistake(
+        "DATABASE_URL=postgresql://ann@127.0.0.1:1/auth python init_db.py"
+    ),
+    "password authentication failed": Mistake(
+        'DATABASE_URL="$(echo $DATABASE_URL | sed s,//[^@]*@,//postgres:wrong@,)" '
+        "python init_db.py"
+    ),
+    "Temporarily unavailable": Mistake(
+        f"DATABASE_URL=postgresql://ann@127.0.0.1:1/auth {SERVE}\n"
+        f"{POST} {ANN} $API/auth/login; kill %1"
+    ),
+    "address already in use": Mistake(
+        f"{SERVE}; uvicorn main:app --port $PORT",
+        "kill %1; wait %1; PORT=$OTHER_PORT; API=http://127.0.0.1:$PORT\n"
+        f"{SERVE}; kill %1",
+    ),
+    "Value error, password is longer": Mistake(
+        f"{SERVE}; {POST} {LONG} $API/auth/register; kill %1"
+    ),
+    "Invalid access token": Mistake(
+        f"{SERVE}; curl -s -H 'Authorization: Bearer old' $API/auth/me; kill %1"
+    ),
 }
 
 
 def test_every_message_has_its_mistake() -> None:
-    assert len(messages()) == len(MISTAKES)
+    assert len(ROWS) == len(MISTAKES)
 
 
 @pytest.mark.parametrize("beginning", MISTAKES)
 def test_the_mistake_gives_the_message(beginning: str, tables: str) -> None:
-    (message,) = [m for m in messages() if m.startswith(beginning)]
-    printed = MISTAKES[beginning](tables)
-    assert Elision()(message) in Elision()(printed)
-
-
-def test_the_loop_for_windows_serves_here_too(database: str) -> None:
-    (option,) = re.findall(r"`uvicorn main:app (--loop \S+)`", README)
-    with Service(database, *option.split()) as service:
-        assert service.register("windows@example.com").status_code == 201
+    (message,) = [m for m in ROWS if m.startswith(beginning)]
+    mistake = MISTAKES[beginning]
+    port = free_port()
+    settings = {
+        "PATH": f"{environment(None)['PATH']}:{POSTGRES_BIN}",
+        "VENV": str(Path(environment(None)["PATH"].split(":")[0])),
+        "PORT": str(port),
+        "OTHER_PORT": str(free_port()),
+        "API": f"http://127.0.0.1:{port}",
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    with reader(tables, **settings) as someone:
+        (terminal,) = someone.terminals
+        terminal.run(f"DATABASE_URL='{someone.url}'\n{ENV}")
+        printed = terminal.type(mistake.made)
+        assert Elision()(message) in Elision()(printed)
+        assert mistake.also in printed
+        terminal.run(mistake.mended)

@@ -1,316 +1,201 @@
 """The README is a program: each of its commands is run, and prints what stands beneath it."""
 
-import os
 import re
-import secrets
-import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from urllib.parse import quote
 
 import pytest
-from harness import (
-    POSTGRES_BIN,
-    ROOT,
-    fresh_database,
-)
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
+from harness import ROOT, Service, fresh_database, run
+from reader import README, reader, same
+from test_messages import ENV, MISTAKES
 
-README = (ROOT / "README.md").read_text()
-FRESH = "<!-- fresh terminals -->"
+TEXT = README.read_text()
 
 
-def tokens(markdown: str) -> list[Token]:
-    return MarkdownIt("commonmark").enable("table").parse(markdown)
+def blank(text: str) -> str:
+    """As many lines without a word, so that what follows keeps its line's number."""
+    return "\n" * text.count("\n")
 
 
-# --- What differs from run to run
-
-
-ELIDED = [
-    (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\.\d+(Z|[+-]\d\d(:\d\d)?)", "<time>"),
-    (r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<token>"),
-    (r"process \[\d+\]", "process [<pid>]"),
-    (r"127\.0\.0\.1:\d+ - ", "127.0.0.1:<port> - "),
-    (r"port \d+ failed", "port <port> failed"),
-    (r"=+ \d+ passed(, \d+ deselected)? in [^=]*=+", "= <n> passed ="),
-]
-UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-
-
-class Elision:
-    """Takes out what differs from run to run; UUIDs are numbered, so that the same stays the same."""
-
-    def __init__(self) -> None:
-        self.seen: dict[str, str] = {}
-
-    def __call__(self, text: str) -> str:
-        for pattern, placeholder in ELIDED:
-            text = re.sub(pattern, placeholder, text)
-        return re.sub(UUID, self.number, text)
-
-    def number(self, found: re.Match[str]) -> str:
-        return self.seen.setdefault(found[0], f"<uuid {len(self.seen) + 1}>")
-
-
-def matches(expected: list[str], actual: list[str]) -> bool:
-    """Whether lines are as expected, where the line `...` stands for any lines, ` ...` for an end."""
-    if not expected:
-        return not actual
-    if expected[0] == "...":
-        return any(
-            matches(expected[1:], actual[skip:]) for skip in range(len(actual) + 1)
-        )
-    if not actual:
-        return False
-    same = actual[0] == expected[0]
-    if expected[0].endswith(" ..."):
-        same = actual[0].startswith(expected[0].removesuffix("..."))
-    return same and matches(expected[1:], actual[1:])
-
-
-# --- A reader at two terminals
-
-
-class Terminal:
-    """A shell with an empty home, in which one command may go on until Ctrl-C."""
-
-    def __init__(self, folder: Path, settings: dict[str, str]) -> None:
-        self.output_file = folder.parent / f"terminal-{secrets.token_hex(4)}"
-        self.output_file.touch()
-        with self.output_file.open("wb") as output:
-            self.shell = subprocess.Popen(
-                ["bash", "--noprofile", "--norc"],
-                cwd=folder,
-                env=settings,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
-                text=True,
-                start_new_session=True,
-            )
-        self.position = 0
-        self.type("trap : INT")
-
-    def type(self, text: str) -> None:
-        self.shell.stdin.write(text + "\n")
-        self.shell.stdin.flush()
-
-    def output(self) -> str:
-        """All that was printed since the last command was typed."""
-        return self.output_file.read_text()[self.position :]
-
-    def run(self, commands: str, patience: float = 300) -> str:
-        """What commands print; they all succeed."""
-        self.position = len(self.output_file.read_text())
-        end = f"end-{secrets.token_hex(8)}"
-        self.type(f"{commands}\necho {end} $?")
-        deadline = time.monotonic() + patience
-        while f"{end} " not in (printed := self.output()) or not printed.endswith("\n"):
-            assert time.monotonic() < deadline, printed
-            assert self.shell.poll() is None, printed
-            time.sleep(0.02)
-        printed, _, status = printed.rpartition(f"{end} ")
-        assert int(status) == 0, f"{commands}{printed}"
-        return printed
-
-    def serve(self, command: str) -> None:
-        """Start a command that goes on."""
-        self.position = len(self.output_file.read_text())
-        self.type(command)
-
-    def ctrl_c(self) -> None:
-        """End what goes on, and wait for the prompt."""
-        os.killpg(self.shell.pid, signal.SIGINT)
-        self.run("true")
-
-    def close(self) -> None:
-        self.shell.stdin.close()
-        self.shell.wait(60)
-
-
-class Reader:
-    """Does what the README says: in one terminal, and while that is busy, in a second one."""
-
-    def __init__(self, folder: Path, database: str, settings: dict[str, str]) -> None:
-        self.folder = folder
-        self.database = database
-        self.settings = settings
-        self.terminals: list[Terminal] = []
-        self.busy = False
-        self.here, self.there = Elision(), Elision()
-        self.log = ""
-        self.fresh_terminals()
-
-    def fresh_terminals(self) -> None:
-        self.close()
-        self.terminals = [Terminal(self.folder, self.settings)]
-
-    def close(self) -> None:
-        if self.busy:
-            self.end_service()
-        for terminal in self.terminals:
-            terminal.close()
-        self.terminals = []
-
-    def end_service(self) -> None:
-        self.log += self.terminals[0].output()
-        self.terminals[0].ctrl_c()
-        self.busy = False
-
-    def compare(self, command: str, expected: str, actual: str) -> None:
-        wanted, got = self.here(expected), self.there(actual)
-        assert matches(wanted.splitlines(), got.splitlines()), (
-            f"$ {command}\n--- the README says:\n{wanted}\n--- it printed:\n{got}"
-        )
-
-    def run(self, command: str, expected: str) -> None:
-        if len(self.terminals) == 1 and self.busy:
-            self.terminals.append(Terminal(self.folder, self.settings))
-        self.compare(command, expected, self.terminals[-1].run(command))
-
-    def serve(self, command: str, expected: str) -> None:
-        if self.busy:
-            self.end_service()
-        terminal = self.terminals[0]
-        terminal.serve(command)
-        self.busy = True
-        lines = Elision()(expected).splitlines()
-        deadline = time.monotonic() + 300
-        while not matches(lines, Elision()(terminal.output()).rstrip().splitlines()):
-            if time.monotonic() > deadline or terminal.shell.poll() is not None:
-                break
-            time.sleep(0.1)
-        self.compare(command, expected.rstrip(), terminal.output().rstrip())
-
-    def follow(self, markdown: str) -> None:
-        """Do all that a text in Markdown says, and compare what is printed."""
-        blocks = [t for t in tokens(markdown) if t.type in ("fence", "html_block")]
-        while blocks:
-            block = blocks.pop(0)
-            if block.type == "html_block":
-                assert block.content.strip() == FRESH
-                self.fresh_terminals()
-                continue
-            kind, _, name = block.info.partition(" ")
-            expected = ""
-            if kind == "sh" and blocks and blocks[0].info == "text":
-                expected = blocks.pop(0).content
-            match kind, name:
-                case "sh", "":
-                    self.run(block.content, expected)
-                case "sh", "serve":
-                    self.serve(block.content, expected)
-                case "sh", "neon":
-                    self.terminals[-1].run(f"DATABASE_URL='{self.database}'")
-                case "text", "log":
-                    self.compare_log(block.content)
-                case "python", path:
-                    (self.folder / path).write_text(block.content)
-                case "diff", path:
-                    self.patch(self.folder / path, block.content)
-                case _:
-                    pytest.fail(
-                        f"a block that nobody checks: {block.info}\n{block.content}"
-                    )
-
-    def patch(self, path: Path, diff: str) -> None:
-        lines = diff.splitlines()
-        before = "\n".join(line[1:] for line in lines if line[0] != "+")
-        after = "\n".join(line[1:] for line in lines if line[0] != "-")
-        text = path.read_text()
-        assert text.count(before) == 1
-        path.write_text(text.replace(before, after))
-
-    def compare_log(self, expected: str) -> None:
-        """Each line stands in the service's log, in this order, others between them."""
-        log = iter(self.there(self.log + self.terminals[0].output()).splitlines())
-        for line in self.here(expected).splitlines():
-            assert line in log, line
-
-
-@contextmanager
-def reader(server: str) -> Iterator[Reader]:
-    """A reader with an empty home, a fresh copy of the project, and a database to be had."""
-    with tempfile.TemporaryDirectory() as name, fresh_database(server) as database:
-        home, folder = Path(name) / "home", Path(name) / "auth"
-        home.mkdir()
-        folder.mkdir()
-        for path in ROOT.iterdir():
-            if path.is_file() and path.name != ".env":
-                shutil.copy(path, folder)
-        ignored = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
-        # The Python that runs the tests, without their packages; psql, should there be none.
-        folders = [f"{sys.base_prefix}/bin", *os.environ["PATH"].split(os.pathsep)]
-        folders = [f for f in folders if Path(f) != Path(sys.executable).parent]
-        kept = {
-            k: v for k, v in os.environ.items() if k.startswith("PIP_") or k == "CI"
-        }
-        settings = kept | {
-            "HOME": str(home),
-            "PATH": os.pathsep.join([*folders, str(POSTGRES_BIN)]),
-            "LANG": "C.UTF-8",
-            "PYTEST_ADDOPTS": "-k test_the_whole_path",  # not this test again
-            "PIP_NO_COMPILE": "1",  # most of what is installed is never imported
-        }
-        someone = Reader(folder, database, settings)
-        try:
-            yield someone
-        finally:
-            someone.close()
-
-
-def test_every_command_prints_what_the_readme_says(server: str) -> None:
-    with reader(server) as someone:
-        someone.follow(README)
-
-
-def test_only_commands_of_neon_are_not_run() -> None:
-    exempt = [
-        t.content for t in tokens(README) if t.type == "fence" and t.info == "sh neon"
+def section(heading: str) -> str:
+    """A section of the README, from its heading to the next of the same level."""
+    return re.search(rf"^## {heading}\n.*?(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL)[
+        0
     ]
-    assert len(exempt) == 2
-    for line in "".join(exempt).splitlines():
-        assert re.match(
-            r'npx neon@latest |DATABASE_URL="\$\((npx neon@latest|sed .* \.env\.neon\))',
-            line,
-        )
+
+
+def only(part: str) -> str:
+    """The README up to the end of a part, blank before it."""
+    return blank(TEXT[: TEXT.index(part)]) + part
+
+
+TRY_IT, TESTS = section("Try it"), section("The tests")
+ALL_ELSE = TEXT.replace(TRY_IT, blank(TRY_IT)).replace(TESTS, blank(TESTS))
+
+
+def test_the_two_one_liners(empty_database: str) -> None:
+    # One of the tests stands for them all: this one would start itself again.
+    with reader(empty_database, PYTEST_ADDOPTS="-k test_the_whole_path") as someone:
+        someone.follow(only(TRY_IT))
+        someone.begin_again()
+        someone.follow(only(TESTS))
+
+
+def test_from_neon_to_alembic(empty_database: str, server: str) -> None:
+    """With nothing done before: whoever only wants Neon starts there."""
+    with reader(empty_database) as someone, fresh_database(server) as new:
+        someone.follow(ALL_ELSE)
+        from_then_on = f"export DATABASE_URL='{new}'\n{NEW_DATABASE}\nalembic check"
+        printed = someone.terminals[-1].run(from_then_on)
+        assert printed.endswith("No new upgrade operations detected.\n")
+        typed = (someone.home / "npx-commands").read_text().splitlines()
+        missing = [path for path in FILES if not (someone.folder / path).exists()]
+    assert typed == NEON_COMMANDS
+    assert missing == []
+    assert len(someone.compared) == len(re.findall("^```sh", ALL_ELSE, re.MULTILINE))
+    for expected, printed in someone.compared:
+        for changed in with_a_word_changed(expected):
+            assert not same(changed, printed), changed
+
+
+def with_a_word_changed(text: str) -> Iterator[str]:
+    """The text with one word changed, once for each word that is not taken out by elision."""
+    for word in re.finditer(r"[^\s<>]+(?![^<>]*>)", text):
+        if word[0] != "...":
+            yield f"{text[: word.end()]}x{text[word.end() :]}"
+
+
+NEON_COMMANDS = [
+    "neon@latest auth",
+    "neon@latest projects create --name my-auth --set-context --no-secrets",
+    "neon@latest connection-string --pooled",
+    "neon@latest claim create --file .env.neon",
+]
+
+
+NEW_DATABASE = "python init_db.py\nalembic stamp head"
+
+
+def test_only_neon_s_commands_are_stood_in_for() -> None:
+    marked = re.findall(r"^```sh neon\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+    words = r"npx (neon@latest [^\n)]+)"
+    assert re.findall(words, "".join(marked)) == NEON_COMMANDS
+    assert TEXT.count("npx") == len(NEON_COMMANDS)
 
 
 def test_ci_runs_the_readme_s_own_test_command() -> None:
-    (command,) = re.findall(
-        r"^python3 -m venv .* -m pytest tests$", README, re.MULTILINE
-    )
+    (command,) = re.findall("^python3 -m venv .* -m pytest tests$", TEXT, re.MULTILINE)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    named = set(re.findall(r"\]\(([^)#:]+)\)", README))
-    assert named >= {
-        "main.py",
-        "init_db.py",
-        "verify.sql",
-        "requirements.txt",
-        ".env.example",
-    }
-    for name in named:
-        assert (ROOT / name).exists(), name
+def test_the_number_of_tests() -> None:
+    listed = run("python", "-m", "pytest", "tests", "--collect-only", "-q", "-n", "0")
+    (number,) = re.findall(r"^(\d+) tests collected", listed.stdout, re.MULTILINE)
+    assert f"= {number} passed in " in TESTS
+
+
+# --- What is said outside the blocks
+
+PROSE = re.sub(r"^```.*?^```$", "", TEXT, flags=re.MULTILINE | re.DOTALL)
+NAMES = set(
+    re.findall(r"`([^`\n]+)`", re.sub(r"^\| `.+?` \|", "", PROSE, flags=re.MULTILINE))
+)
+FILES = {
+    name
+    for name in NAMES
+    if re.fullmatch(r"[\w./]+\.(py|sql|ini|txt)|\.env[\w.]*", name)
+}
+
+
+def test_links_lead_somewhere() -> None:
+    links = set(re.findall(r"\]\(([^)]+)\)", PROSE))
+    local = {link for link in links if not link.startswith(("#", "https://"))}
+    assert all((ROOT / link).exists() for link in local), local
     visible = {p.name for p in ROOT.iterdir() if not p.name.startswith((".", "__"))}
-    assert visible == {n for n in named if n != ".env.example"} | {"README.md"}
+    assert visible == local - {".env.example"} | {"README.md"}
+    headings = re.findall("^##+ (.+)$", TEXT, re.MULTILINE)
+    anchors = {
+        "#" + re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings
+    }
+    assert {link for link in links if link.startswith("#")} <= anchors
 
 
-def test_numbers_that_the_prose_repeats() -> None:
-    main = (ROOT / "main.py").read_text()
-    for said, code in [
-        ("Up to 20 a process", "pool_size=20,\n    max_overflow=0,"),
-        ("not answered after 14 seconds", "DEADLINE_SECONDS = 14 "),
-    ]:
-        assert said in README
-        assert code in main
+DOCS = "/docs"
+BEHIND_A_PROXY = ["--host", "0.0.0.0", "--forwarded-allow-ips", "127.0.0.1"]
+ON_WINDOWS = ["--loop", "asyncio:SelectorEventLoop"]
+
+
+def test_behind_a_proxy_the_log_shows_the_client(database: str) -> None:
+    with Service(database, *BEHIND_A_PROXY) as service:
+        service.http.get("/auth/me", headers={"X-Forwarded-For": "203.0.113.9"})
+        assert '203.0.113.9:0 - "GET /auth/me' in service.log
+
+
+def test_the_loop_for_windows_serves_here_too(database: str) -> None:
+    with Service(database, *ON_WINDOWS) as service:
+        assert service.register("windows@example.com").status_code == 201
+
+
+def test_docs_has_an_authorize_button(database: str) -> None:
+    with Service(database) as service:
+        assert "swagger-ui" in service.http.get(DOCS).text
+        described = service.http.get("/openapi.json").json()
+        assert described["components"]["securitySchemes"]
+
+
+CODE = [
+    "main.py", "init_db.py", ".env.example", "tests/conftest.py", "tests/test_walkthrough.py"
+]  # fmt: skip
+OF_OTHERS = {  # names in the prose that are neither the project's nor uvicorn's
+    "apt-get install postgresql-client", "brew install libpq", ".venv/Scripts/activate",
+    "&", "?", "@", quote("@"), "/", quote("/", safe=""), "%", quote("%"), "-pooler",
+}  # fmt: skip
+
+
+def test_every_name_in_the_prose_is_one() -> None:
+    known = "\n".join(
+        [
+            *((ROOT / file).read_text() for file in CODE),
+            *re.findall(r"^```.*?^```$", TEXT, re.MULTILINE | re.DOTALL),
+            *(words for mistake in MISTAKES.values() for words in mistake),
+            *(NEW_DATABASE, DOCS, *BEHIND_A_PROXY, *ON_WINDOWS),
+            run("uvicorn", "--help").stdout,
+        ]
+    )
+    unknown = [
+        word
+        for name in NAMES - OF_OTHERS - FILES
+        for word in re.findall(r"""[^\s='"]+""", name)
+        if not (ROOT / word).exists()
+        and not re.search(rf"(?<!\w){re.escape(word)}(?!\w)", known)
+    ]
+    assert unknown == []
+
+
+@pytest.mark.parametrize(
+    ("said", "by"),
+    [
+        ("not answered\nafter 14 seconds", "DEADLINE_SECONDS = 14 "),
+        ("(after 24 at the worst", "a hung query can take 10 more"),
+        ("gets 503 with `Retry-After`", '503, headers={"Retry-After": "5"}'),
+        ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
+        ("Each opens up to 20 connections", "pool_size=20,\n    max_overflow=0,"),
+        ("--workers 4` opens up to 80", "pool_size=20,"),
+        ("a token lasts 30 minutes", '"ACCESS_TOKEN_MINUTES", 30,'),
+        ("bcrypt at cost 12", '"BCRYPT_ROUNDS", 12,'),
+        ("bcrypt reads 72 bytes", "> 72:  # bcrypt reads no more"),
+    ],
+)  # fmt: skip
+def test_numbers_that_the_prose_repeats(said: str, by: str) -> None:
+    assert said in PROSE
+    assert by in (ROOT / "main.py").read_text()
+
+
+def test_seven_packages_and_four_settings() -> None:
+    assert "| seven packages |" in PROSE
+    assert len((ROOT / "requirements.txt").read_text().splitlines()) == 7
+    assert "has the two settings that are left at their defaults here" in PROSE
+    settings = re.findall(
+        "^[A-Z_]+=", (ROOT / ".env.example").read_text(), re.MULTILINE
+    )
+    assert len(settings) - ENV.count("=") == 2
