@@ -1,7 +1,6 @@
 """Authentication service: register, log in, get an access token, use it.
 
-Made to be read from top to bottom: settings, database, passwords, access tokens, schemas,
-dependencies, application, errors, routes. It creates no table; `python init_db.py` does.
+Made to be read from top to bottom. It creates no table; `python init_db.py` does.
 """
 
 import asyncio
@@ -81,7 +80,7 @@ except (ArgumentError, ValueError, psycopg.ProgrammingError):
 JWT_SECRET = os.fsencode(os.environ.get("JWT_SECRET", ""))
 if len(JWT_SECRET) < 32:  # RFC 7518 §3.2
     refuse("JWT_SECRET is not set to 32 bytes or more, make it: openssl rand -hex 32")
-try:  # PyJWT takes no secret that reads like a public key
+try:  # PyJWT takes no secret that reads like part of a key pair
     jwt.encode({}, JWT_SECRET, "HS256")
 except jwt.InvalidKeyError:
     refuse("JWT_SECRET is part of a key pair, make another: openssl rand -hex 32")
@@ -97,8 +96,9 @@ CONNECT_ARGS = {
     "client_encoding": "utf8",  # whatever the server's is, or PGCLIENTENCODING says
 }
 
-# AUTOCOMMIT: a request is one statement, so no BEGIN or COMMIT costs a round trip.
-# Writes that belong together need a transaction. Begin with this, end with commit():
+# AUTOCOMMIT: each statement commits itself, so no BEGIN or COMMIT costs a round trip.
+# Several writes that belong together need a transaction: first this, and at the end
+# `await session.commit()`.
 #   await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
 engine = create_async_engine(
     DATABASE_URL,
@@ -107,7 +107,7 @@ engine = create_async_engine(
     connect_args=CONNECT_ARGS,
     pool_size=20,
     max_overflow=0,
-    pool_recycle=280,  # seconds; Neon suspends after 300 idle ones
+    pool_recycle=280,  # seconds of age; Neon suspends after 300 idle ones
     pool_use_lifo=True,  # a few busy connections rather than twenty resting ones
     hide_parameters=True,  # keeps hashes out of errors
 )
@@ -118,8 +118,8 @@ def ping_if_doubtful(connection: Any, record: Any, _: Any) -> None:
     """Before a connection is used, look whether the server has closed it.
 
     If it was last taken 5 seconds ago or more, also ask the server. When that fails, the
-    pool replaces it and all others of its age. `pool_pre_ping=True` is the short form of
-    this, but asks every time: two round trips for each request instead of one.
+    pool replaces all that are open. `pool_pre_ping=True` would do, but asks every time:
+    two round trips for each request instead of one.
     """
     now, last_taken = time.monotonic(), record.info.get("last_taken")
     record.info["last_taken"] = now
@@ -154,7 +154,7 @@ class User(Base):
     )
 
 
-# Built once: composing a statement takes longer than running it.
+# Built once, rather than anew for each request.
 ADD_USER = insert(User).on_conflict_do_nothing().returning(User)
 ACTIVE_USER = select(User).where(User.is_active)
 ACTIVE_USER_BY_EMAIL = ACTIVE_USER.where(User.email == bindparam("email"))
@@ -174,7 +174,7 @@ def to_bytes(password: str) -> bytes:
 def normalize_password(password: str) -> str:
     """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4).
 
-    Raises ValueError over 72 bytes of UTF-8.
+    Raises ValueError over 72 bytes of UTF-8, where a NUL counts two.
     """
     password = unicodedata.normalize("NFC", password)
     if len(to_bytes(password)) > 72:  # bcrypt reads no more
@@ -200,8 +200,8 @@ async def check_password(password: str, hashed_password: str) -> bool:
     return await asyncio.get_running_loop().run_in_executor(hashing, *job)
 
 
-# What a login checks when nobody has the address, so that it takes as long as when
-# somebody has, and its time does not tell who has an account. No password matches it.
+# What a login checks when no active user has the address, so that it takes as long as
+# when one has, and its time does not tell who has an account. No password matches it.
 NOBODYS_HASH = bcrypt.gensalt(BCRYPT_ROUNDS).decode() + 31 * "."
 
 
@@ -217,8 +217,9 @@ def read_token(token: str) -> uuid.UUID:
     """The user id in an access token.
 
     Raises jwt.InvalidTokenError when it is no JWT, is signed with another secret or
-    algorithm, lacks a claim, has expired or comes from the future; ValueError when `sub`
-    is no UUID. Whether there is such a user is for get_current_user to find out.
+    algorithm, lacks one of three claims, has expired or comes from the future, and
+    ValueError when `sub` is no UUID. It does not know whether there is such a user:
+    get_current_user also refuses one who is deleted or inactive.
     """
     required = {"require": ["sub", "iat", "exp"]}
     # The algorithm is ours to say, never the token's (RFC 8725 §3.1).
@@ -282,12 +283,12 @@ class Problem(BaseModel):
 
 # --- Dependencies: what a route asks for in its signature -------------------------
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """A session: takes a connection at its first statement, gives it back at its end."""
+    """A session: takes a connection at the first statement, gives it back when closed."""
     async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session
 
 
-# scope="function": its end is when the route returns, however slowly the client reads.
+# scope="function": closed when the route returns, before the client is answered.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 BearerDep = Annotated[
     HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))
@@ -303,7 +304,7 @@ def unauthorized(detail: str, error: str = "") -> HTTPException:
 async def get_current_user_id(bearer: BearerDep) -> uuid.UUID:
     """The user id in the access token. Raises 401 when there is no token or a bad one.
 
-    The database is not asked: the user may have been deactivated or deleted meanwhile.
+    The database is not asked: the user may be deleted or inactive by now.
     """
     if bearer is None:
         raise unauthorized("Not authenticated")
@@ -333,8 +334,8 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 # --- Application: its limits, and what clients could do to uvicorn ----------------
-PROBLEM = {"model": Problem}
-# Starlette's own refusal is plain text when the Content-Length is too large already.
+PROBLEM = {"model": Problem}  # 400, below, is FastAPI's own for a body that is no text
+# Too large a Content-Length gets Starlette's plain text, a body that grows too large JSON.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
 app = FastAPI(
@@ -347,7 +348,10 @@ DEADLINE_SECONDS = 14  # a hung query can take 10 more, while psycopg cancels it
 
 
 class TimedRoute(APIRoute):
-    """A route that raises TimeoutError when body and answer take DEADLINE_SECONDS."""
+    """A route with a limit: reading the body and making the answer may take DEADLINE_SECONDS.
+
+    Raises TimeoutError after that.
+    """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
         handle = super().get_route_handler()
@@ -359,17 +363,17 @@ class TimedRoute(APIRoute):
         return handle_in_time
 
 
-app.router.route_class = TimedRoute  # for every @app.get, @app.post and so on
+app.router.route_class = TimedRoute  # for @app.get and its like; see Routes
 
 
 def harden(inner: ASGIApp) -> ASGIApp:
     """Middleware against three things that a client could do to uvicorn.
 
-    1. X-Forwarded-For writes anything into the log: it is escaped.
-    2. A body in chunks never ends, and uvicorn reads on after the answer: after the answer
-       to one, the connection is closed.
-    3. The client leaves, or sends what is not HTTP, and uvicorn answers that by itself:
-       the route's answer then fails, and a traceback would show passwords.
+    1. X-Forwarded-For can write anything into the log: it is escaped.
+    2. A body in chunks need not end, and uvicorn reads on behind its answer: the connection
+       is closed then.
+    3. When a client has left, or has sent what is not HTTP and got uvicorn's own answer,
+       the route's answer fails: one line, not a traceback, which quotes the refused body.
     """
 
     async def hardened(scope: Scope, receive: Receive, send: Send) -> None:
@@ -421,15 +425,12 @@ def database_message(error: DBAPIError) -> str:
 @app.exception_handler(TimeoutError)
 @app.exception_handler(DBAPIError)
 async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONResponse:
-    """503 for any error of the database, and for no answer in time; the log says why.
-
-    A route whose statement may break a constraint catches that IntegrityError by itself.
-    """
+    """503 for any error of the database, and for no answer in time; the log says why."""
     detail = "Temporarily unavailable, try again"
     if isinstance(error, TimeoutError):
         why = f"no answer within {DEADLINE_SECONDS} seconds"
     elif isinstance(error.orig, psycopg.errors.UndefinedTable):
-        why = detail = "There are no tables yet, create them: python init_db.py"
+        why = detail = "A table is missing, create it: python init_db.py"
     else:
         why = database_message(error)
     log.error("unavailable: %s", why)
@@ -437,11 +438,13 @@ async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONRespo
 
 
 # --- Routes -----------------------------------------------------------------------
-# Yours go below, or into a file of their own that imports this one. `user: CurrentUser`
-# in the signature protects a route, `session: SessionDep` gives it the database.
+# Yours go below, or into a file of their own: notes.py begins with `from main import app`
+# and is run by `uvicorn notes:app`. In the signature `user: CurrentUser` protects a route,
+# `user_id: CurrentUserId` does without asking the database, `session: SessionDep` gives
+# the database. Catch the IntegrityError of a constraint that your statement may break: it
+# would be a 503. An APIRouter of yours keeps the limit with route_class=TimedRoute.
 
 
-# 400 is FastAPI's own answer to a body that is not text.
 @app.post("/auth/register", status_code=201, responses={400: PROBLEM, 409: PROBLEM})
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. The unique constraint decides who came first."""

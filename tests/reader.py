@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from doctest import DONT_ACCEPT_BLANKLINE, ELLIPSIS, OutputChecker
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,20 +67,26 @@ class Block(NamedTuple):
     output: str
 
 
-def blocks(document: Document) -> Iterator[Region]:
+def blocks(document: Document) -> list[Region]:
     """A parser for Sybil: gives the fenced blocks, each with its output."""
-    lexer = RawFencedCodeBlockLexer(re.compile("(?P<info>.*)\n"))
-    fences = [(*region.lexemes.values(), region) for region in lexer(document)]
-    for (info, text, region), (next_info, output, _) in pairwise(
-        [*fences, ("", "", None)]
-    ):
-        if info == "text":
-            continue
-        region.parsed = Block(info, text, output if next_info == "text" else "")
-        yield region
+    found, shell = [], None
+    for region in RawFencedCodeBlockLexer(re.compile("(?P<info>.*)\n"))(document):
+        info, text = region.lexemes["info"], region.lexemes["source"]
+        if info == "text" and shell:
+            shell.parsed = shell.parsed._replace(output=text)
+        else:
+            region.parsed = Block(info, text, output="")
+            found.append(region)
+        shell = region if info.startswith("sh") else None
+    return found
 
 
 # --- Terminals
+
+
+def plain(printed: str) -> str:
+    """What is left without a terminal's colours and carriage returns."""
+    return re.sub(r"\x1b\[[0-9;]*m|\r", "", printed)
 
 
 class Terminal:
@@ -101,7 +106,7 @@ class Terminal:
             timeout=PATIENCE,
         )
         self.shell.expect(self.PROMPT)
-        self.printed = ""  # by the command that goes on, or by the last one that did
+        self.raw = ""  # what the command that goes on has printed
 
     def type(self, commands: str, *, successful: bool = False) -> str:
         """What commands print."""
@@ -122,31 +127,27 @@ class Terminal:
     def serve(self, command: str) -> None:
         """Start a command that goes on."""
         self.shell.sendline(command)
-        self.printed = ""
+        self.raw = ""
 
-    def look(self, patience: float = 0.1) -> str:
-        """What the command that goes on has printed by now."""
+    def look(self) -> str:
+        """What the command that goes on, or has just ended, has printed by now."""
         with suppress(pexpect.TIMEOUT):
-            self.printed += plain(self.shell.read_nonblocking(10_000, patience))
-        return self.printed
+            self.raw += self.shell.read_nonblocking(10_000, timeout=0.1)
+        return plain(self.raw)
 
-    def ctrl_c(self) -> None:
-        """End the command that goes on."""
+    def ctrl_c(self) -> str:
+        """End the command that goes on; gives all that it has printed."""
         self.shell.sendintr()
         self.shell.expect(self.PROMPT)
-        self.printed += plain(self.shell.before)
+        return plain(self.raw + self.shell.before)
 
     def close(self) -> None:
         self.shell.close(force=True)
 
 
-def plain(printed: str) -> str:
-    """What is left without a terminal's colours and carriage returns."""
-    return re.sub(r"\x1b\[[0-9;]*m|\r", "", printed)
-
-
 # --- The reader
 
+QUERY = "sslmode=prefer&channel_binding=prefer"  # a & as in Neon's URL
 NPX = """#!/bin/sh
 # Stands in for Neon's command line, which needs an account.
 echo "$*" >> "$HOME/npx-commands"
@@ -165,40 +166,29 @@ class Reader:
         self.folder = home / "auth"
         files = (".git", ".venv", ".env", "__pycache__", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(*files))
-        # A URL as Neon's: an & makes a difference in a shell. Nobody's packages are there.
-        self.url = (
-            database
-            + "&?"["?" not in database]
-            + "sslmode=prefer&channel_binding=prefer"
-        )
+        self.url = database + ("&" if "?" in database else "?") + QUERY
         npx = home / "bin" / "npx"
         npx.parent.mkdir()
         npx.write_text(NPX.format(url=self.url))
         npx.chmod(0o755)
-        path = [
-            f
-            for f in os.environ["PATH"].split(":")
-            if Path(f) != Path(sys.executable).parent
-        ]
-        path = [npx.parent, f"{sys.base_prefix}/bin", *path, POSTGRES_BIN]
-        kept = {
-            k: v for k, v in os.environ.items() if k.startswith("PIP_") or k == "CI"
+        environment = os.environ
+        kept = {k: environment[k] for k in environment if k[:4] == "PIP_" or k == "CI"}
+        here = str(Path(sys.executable).parent)  # whose packages a reader does not have
+        path = [f for f in environment["PATH"].split(":") if f != here]
+        path = [str(npx.parent), f"{sys.base_prefix}/bin", *path, str(POSTGRES_BIN)]
+        self.settings = {
+            **kept,
+            "HOME": str(home),
+            "PATH": ":".join(path),
+            "LANG": "C.UTF-8",
+            "PIP_NO_COMPILE": "1",  # most of what is installed is never imported
+            "VIRTUAL_ENV_DISABLE_PROMPT": "1",
+            **settings,
         }
-        self.settings = (
-            kept
-            | {
-                "HOME": str(home),
-                "PATH": ":".join(map(str, path)),
-                "LANG": "C.UTF-8",
-                "PIP_NO_COMPILE": "1",  # most of what is installed is never imported
-                "VIRTUAL_ENV_DISABLE_PROMPT": "1",
-            }
-            | settings
-        )
         self.terminals = [self.terminal()]
         self.serving = False  # in the first terminal
         self.here, self.there = Elision(), Elision()
-        self.log = ""
+        self.log = ""  # of services that have ended
         self.compared: list[tuple[str, str]] = []
 
     def terminal(self) -> Terminal:
@@ -264,13 +254,12 @@ class Reader:
         *_, last = block.output.splitlines()
         patience = time.monotonic() + PATIENCE
         while last not in terminal.look() and time.monotonic() < patience:
-            time.sleep(0.1)
+            pass  # each look takes a tenth of a second
         shown = block._replace(output=block.output.rstrip())
-        return self.compare(shown, terminal.printed.rstrip())
+        return self.compare(shown, terminal.look().rstrip())
 
     def end_service(self) -> None:
-        self.terminals[0].ctrl_c()
-        self.log += self.terminals[0].printed
+        self.log += self.terminals[0].ctrl_c()
         self.serving = False
 
     def find_in_log(self, expected: str) -> str | None:

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -722,10 +723,14 @@ def test_bytes_that_are_no_request_behind_a_client_that_does_not_read(
 
     with Service(database, BCRYPT_ROUNDS="11") as service:
         most = answers_unread(service, 2000)
-        for requests in range(most - 5, most):
+        met = tries = 0  # how many answers just fit differs from time to time
+        for requests in cycle(range(most - 5, most)):
             answers_unread(service, requests, last)
-        assert "Traceback" not in service.log
-        assert service.log.count("Invalid HTTP request received") > 0
+            assert "Traceback" not in service.log
+            met, tries = service.log.count("Invalid HTTP request"), tries + 1
+            if tries >= 5 and met or tries == 50:
+                break
+        assert met
 
 
 @pytest.mark.parametrize(("size", "status"), [(0, 401), (5_000_000, 413)])

@@ -55,7 +55,7 @@ MISTAKES = {
         f"echo BCRYPT_ROUNDS=99 >> .env; {LOAD}; uvicorn main:app",
         f"sed -i.old /^BCRYPT/d .env; unset BCRYPT_ROUNDS; {LOAD}; {SERVE}; kill %1",
     ),
-    "There are no tables yet": Mistake(
+    "A table is missing": Mistake(
         f"psql $DATABASE_URL -c 'DROP TABLE users'; {SERVE}; {POST} {ANN} $API/auth/login",
         f"python init_db.py; {POST} {ANN} -f $API/auth/register; kill %1",
     ),

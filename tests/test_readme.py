@@ -8,6 +8,7 @@ import pytest
 from harness import ROOT, Service, fresh_database, run
 from reader import README, reader, same
 from test_messages import ENV, MISTAKES
+from try_it import is_taken
 
 TEXT = README.read_text()
 
@@ -33,6 +34,14 @@ TRY_IT, TESTS = section("Try it"), section("The tests")
 ALL_ELSE = TEXT.replace(TRY_IT, blank(TRY_IT)).replace(TESTS, blank(TESTS))
 
 
+@pytest.fixture
+def ports() -> None:
+    """The ports that the README's commands name are free."""
+    for port in sorted(set(re.findall(r"127\.0\.0\.1:(\d{4})\b", TEXT))):
+        assert not is_taken(int(port)), f"port {port} is taken: end that program first"
+
+
+@pytest.mark.usefixtures("ports")
 def test_the_two_one_liners(empty_database: str) -> None:
     # One of the tests stands for them all: this one would start itself again.
     with reader(empty_database, PYTEST_ADDOPTS="-k test_the_whole_path") as someone:
@@ -41,6 +50,7 @@ def test_the_two_one_liners(empty_database: str) -> None:
         someone.follow(only(TESTS))
 
 
+@pytest.mark.usefixtures("ports")
 def test_from_neon_to_alembic(empty_database: str, server: str) -> None:
     """With nothing done before: whoever only wants Neon starts there."""
     with reader(empty_database) as someone, fresh_database(server) as new:
