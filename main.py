@@ -28,6 +28,7 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.errors import UndefinedColumn, UndefinedTable
 from pydantic import AfterValidator, BaseModel, Field
 from sqlalchemy import DateTime, bindparam, event, func, make_url, select, true
 from sqlalchemy.dialects.postgresql import insert
@@ -64,7 +65,7 @@ if not _url:
     )
 try:
     # An @ in the password, unless it is %40, would make the rest of it part of the host.
-    if _url.count("@") > 1 or not _url.isprintable():
+    if _url.count("@") > 1 or " " in _url or not _url.isprintable():
         raise ValueError
     conninfo_to_dict(_url)  # libpq, as in psql: refuses mysql://, ?typo=x and %00
     # SQLAlchemy is told to use psycopg 3; some hosts still write postgres://
@@ -412,8 +413,11 @@ logging.getLogger("asyncio").addFilter(without_traceback)
 @app.exception_handler(RequestValidationError)
 async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """422, without the `input` of FastAPI's own, which sends the password back."""
-    keys = ("type", "loc", "msg")
-    detail = [{key: item[key] for key in keys} for item in error.errors()]
+    plain = {"model_attributes_type": "Send JSON, as Content-Type: application/json"}
+    detail = [
+        {"type": e["type"], "loc": e["loc"], "msg": plain.get(e["type"], e["msg"])}
+        for e in error.errors()
+    ]
     return JSONResponse({"detail": detail}, 422)
 
 
@@ -429,10 +433,11 @@ async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONRespo
     detail = "Temporarily unavailable, try again"
     if isinstance(error, TimeoutError):
         why = f"no answer within {DEADLINE_SECONDS} seconds"
-    elif isinstance(error.orig, psycopg.errors.UndefinedTable):
-        why = detail = "A table is missing, create it: python init_db.py"
     else:
         why = database_message(error)
+        if isinstance(error.orig, (UndefinedTable, UndefinedColumn)):
+            detail = "A table or a column is missing, run: python init_db.py"
+            why = f"{why}. {detail}"
     log.error("unavailable: %s", why)
     return JSONResponse({"detail": detail}, 503, headers={"Retry-After": "5"})
 

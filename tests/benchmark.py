@@ -153,7 +153,7 @@ class Target(Service):
 
 
 # --- The measurements: each makes rows of the table -------------------------------
-Row = tuple[str, str, str, str, str]  # what, the service, beside it, ratio, goal
+Row = tuple[str, str, str, str, str]  # what, the service, compared with, ratio, goal
 
 
 def ratio(our: float, their: float) -> str:
@@ -275,7 +275,7 @@ def main() -> None:
             rows.append(memory(service, check))
     python = platform.python_version()
     print(f"{CORES} cores, Python {python}, one process, bcrypt cost 12:\n")
-    print("| | the service | beside it | ratio | goal |\n|---|---|---|---|---|")
+    print("| | the service | compared with | ratio | goal |\n|---|---|---|---|---|")
     for row in rows:
         print(f"| {' | '.join(row)} |")
     print(f"\nThe {service.asked.total():,} requests behind the memory figure:\n")

@@ -21,6 +21,7 @@ SERVE = (
 POST = "curl -s -H 'Content-Type: application/json' -d"
 ANN = """'{"email": "ann@example.com", "password": "correct horse"}'"""
 LONG = """'{"email": "ann@example.com", "password": "ééééééééééééééééééééééééééééééééééééé"}'"""
+SET_ACTIVE = "psql $DATABASE_URL -c 'UPDATE users SET is_active"
 
 
 class Mistake(NamedTuple):
@@ -35,6 +36,14 @@ MISTAKES = {
     "error: DATABASE_URL is not set": Mistake(
         f"unset DATABASE_URL; sed -i.old 's/\"//g' .env; {LOAD}; python init_db.py",
         f"mv .env.old .env; {LOAD}; python init_db.py",
+    ),
+    "connection to server on socket": Mistake(
+        'unset DATABASE_URL; PGHOST=$PWD psql "$DATABASE_URL" -f verify.sql',
+        f'{LOAD}; psql "$DATABASE_URL" -f verify.sql',
+    ),
+    "Error loading ASGI app": Mistake(
+        "cd ..; uvicorn main:app",
+        f"cd auth; {SERVE}; kill %1",
     ),
     "ModuleNotFoundError": Mistake(
         "python3 -m venv --without-pip empty; PATH=$PWD/empty/bin:/usr/bin:/bin\n"
@@ -55,7 +64,7 @@ MISTAKES = {
         f"echo BCRYPT_ROUNDS=99 >> .env; {LOAD}; uvicorn main:app",
         f"sed -i.old /^BCRYPT/d .env; unset BCRYPT_ROUNDS; {LOAD}; {SERVE}; kill %1",
     ),
-    "A table is missing": Mistake(
+    "A table or a column is missing": Mistake(
         f"psql $DATABASE_URL -c 'DROP TABLE users'; {SERVE}; {POST} {ANN} $API/auth/login",
         f"python init_db.py; {POST} {ANN} -f $API/auth/register; kill %1",
     ),
@@ -79,8 +88,21 @@ MISTAKES = {
         "kill %1; wait %1; PORT=$OTHER_PORT; API=http://127.0.0.1:$PORT\n"
         f"{SERVE}; kill %1",
     ),
+    "Send JSON": Mistake(
+        f"{SERVE}; curl -s -d {ANN} $API/auth/register",
+        f"""JSON='Content-Type: application/json'
+        curl -sf -d {ANN} -H "$JSON" $API/auth/register; kill %1""",
+    ),
     "Value error, password is longer": Mistake(
         f"{SERVE}; {POST} {LONG} $API/auth/register; kill %1"
+    ),
+    "Wrong email or password": Mistake(
+        f"{SERVE}; {POST} {ANN} $API/auth/register; {SET_ACTIVE}=false'\n"
+        f"{POST} {ANN} $API/auth/login",
+        f"{SET_ACTIVE}=true'; {POST} {ANN} -f $API/auth/login; kill %1",
+    ),
+    "Not authenticated": Mistake(
+        f"{SERVE}; curl -s -H 'Authorization: token' $API/auth/me; kill %1"
     ),
     "Invalid access token": Mistake(
         f"{SERVE}; curl -s -H 'Authorization: Bearer old' $API/auth/me; kill %1"

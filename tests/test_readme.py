@@ -185,8 +185,8 @@ def test_every_name_in_the_prose_is_one() -> None:
 @pytest.mark.parametrize(
     ("said", "by"),
     [
-        ("not answered\nafter 14 seconds", "DEADLINE_SECONDS = 14 "),
-        ("(after 24 at the worst", "a hung query can take 10 more"),
+        ("takes more than\n14 seconds gets 503", "DEADLINE_SECONDS = 14 "),
+        ("(at the worst after 24", "a hung query can take 10 more"),
         ("gets 503 with `Retry-After`", '503, headers={"Retry-After": "5"}'),
         ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
         ("Each opens up to 20 connections", "pool_size=20,\n    max_overflow=0,"),

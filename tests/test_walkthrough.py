@@ -82,6 +82,16 @@ def test_nothing_but_init_db_creates_tables(empty_database: str) -> None:
         assert service.register("ann@example.com").status_code == 201
 
 
+def test_a_missing_column_is_said(tables: str) -> None:
+    with psycopg.connect(tables, autocommit=True) as connection:
+        connection.execute("ALTER TABLE users DROP COLUMN is_active")
+    with Service(tables) as service:
+        refused = service.login("ann@example.com")
+        assert refused.status_code == 503
+        assert "python init_db.py" in refused.json()["detail"]
+        assert "column users.is_active does not exist. A table or" in service.log
+
+
 def test_postgres_scheme_of_older_documentation(empty_database: str) -> None:
     old = empty_database.replace("postgresql://", "postgres://")
     assert init_db(old).stdout == "users: created\n"
@@ -255,6 +265,7 @@ def test_init_db_without_the_database(
         ("postgresql://ann:sesame@db/auth?self=x", "for db is not like"),
         ("postgresql://ann:sesame%00@db/auth", "for db is not like"),
         ("postgresql://ann:sesame@db\n/auth", "is not like"),
+        ("postgresql://ann:sesame@db/auth?connect_timeout=9 ", "for db is not like"),
         ("postgresql://ann:sesame@db/\udcff", "for db is not like"),
         ("postgresql+asyncpg://ann:sesame@db/auth", "for db is not like"),
         ("'postgresql://ann:sesame@db/auth'", "for db is not like"),

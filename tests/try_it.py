@@ -18,12 +18,12 @@ from harness import POSTGRES_BIN, ROOT, Postgres, environment, fresh_database
 HINTS = """
 The service is running. In a second terminal, in this folder, paste:
 
-URL=http://127.0.0.1:{port}
+API=http://127.0.0.1:{port}
 JSON='Content-Type: application/json'
-WHO='{{"email": "ann@example.com", "password": "correct horse"}}'
-curl -w '\\n' $URL/auth/register -H "$JSON" -d "$WHO"
-TOKEN=$(curl -s $URL/auth/login -H "$JSON" -d "$WHO" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
-curl -w '\\n' $URL/auth/me -H "Authorization: Bearer $TOKEN"
+ANN='{{"email": "ann@example.com", "password": "correct horse"}}'
+curl -w '\\n' $API/auth/register -H "$JSON" -d "$ANN"
+TOKEN=$(curl -s $API/auth/login -H "$JSON" -d "$ANN" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
+curl -w '\\n' $API/auth/me -H "Authorization: Bearer $TOKEN"
 
 To look into the database from there:
 
