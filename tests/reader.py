@@ -135,6 +135,10 @@ class Terminal:
             self.raw += self.shell.read_nonblocking(10_000, timeout=0.1)
         return plain(self.raw)
 
+    def has_ended(self) -> bool:
+        """Whether the command that ought to go on has come back to the prompt."""
+        return re.search(self.PROMPT, self.raw) is not None
+
     def ctrl_c(self) -> str:
         """End the command that goes on; gives all that it has printed."""
         self.shell.sendintr()
@@ -254,7 +258,8 @@ class Reader:
         *_, last = block.output.splitlines()
         patience = time.monotonic() + PATIENCE
         while last not in terminal.look() and time.monotonic() < patience:
-            pass  # each look takes a tenth of a second
+            if terminal.has_ended():
+                break
         shown = block._replace(output=block.output.rstrip())
         return self.compare(shown, terminal.look().rstrip())
 
