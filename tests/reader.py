@@ -156,8 +156,8 @@ NPX = """#!/bin/sh
 # Stands in for Neon's command line, which needs an account.
 echo "$*" >> "$HOME/npx-commands"
 case "$*" in
-    "neon@latest connection-string --pooled") echo '{url}' ;;
-    "neon@latest claim create --file .env.neon") echo 'DATABASE_URL="{url}"' > .env.neon ;;
+    "-y neon@latest connection-string --pooled") echo '{url}' ;;
+    "-y neon@latest claim create --file .env.neon") echo 'DATABASE_URL="{url}"' > .env.neon ;;
 esac
 """
 

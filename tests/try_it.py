@@ -23,6 +23,7 @@ JSON='Content-Type: application/json'
 ANN='{{"email": "ann@example.com", "password": "correct horse"}}'
 curl -w '\\n' $API/auth/register -H "$JSON" -d "$ANN"
 TOKEN=$(curl -s $API/auth/login -H "$JSON" -d "$ANN" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
+echo $TOKEN
 curl -w '\\n' $API/auth/me -H "Authorization: Bearer $TOKEN"
 
 To look into the database from there:
