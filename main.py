@@ -50,7 +50,7 @@ def refuse(message: str) -> NoReturn:
 
 
 def whole_number(name: str, default: int, least: int, most: int) -> int:
-    """The variable `name` as a number from `least` to `most`; exits if it is none."""
+    """The variable `name` as a number from `least` to `most`, or exit."""
     text = os.environ.get(name, str(default))
     if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
         refuse(f"{name} is not a whole number from {least} to {most}, like {default}")
@@ -64,7 +64,7 @@ if not _url:
         "set -a; . ./.env; set +a"
     )
 try:
-    # An @ in the password, unless it is %40, would make the rest of it part of the host.
+    # An @ in the password, unless written %40, would put its end into the host.
     if _url.count("@") > 1 or " " in _url or not _url.isprintable():
         raise ValueError
     conninfo_to_dict(_url)  # libpq, as in psql: refuses mysql://, ?typo=x and %00
@@ -98,8 +98,8 @@ CONNECT_ARGS = {
 }
 
 # AUTOCOMMIT: each statement commits itself, so no BEGIN or COMMIT costs a round trip.
-# Several writes that belong together need a transaction: first this, and at the end
-# `await session.commit()`.
+# What session.add() collects is sent by `await session.commit()`. Several writes that
+# belong together need a transaction: that commit() at the end, and this before them:
 #   await session.connection(execution_options={"isolation_level": "READ COMMITTED"})
 engine = create_async_engine(
     DATABASE_URL,
@@ -196,7 +196,7 @@ async def hash_password(password: str) -> str:
 
 
 async def check_password(password: str, hashed_password: str) -> bool:
-    """Whether a hash is of this password; takes as long as hashing it."""
+    """Whether a hash is of this password; takes as long as making that hash did."""
     job = (bcrypt.checkpw, to_bytes(password), hashed_password.encode())
     return await asyncio.get_running_loop().run_in_executor(hashing, *job)
 
@@ -335,7 +335,7 @@ CurrentUser = Annotated[User, Depends(get_current_user)]
 
 
 # --- Application: its limits, and what clients could do to uvicorn ----------------
-PROBLEM = {"model": Problem}  # 400, below, is FastAPI's own for a body that is no text
+PROBLEM = {"model": Problem}
 # Too large a Content-Length gets Starlette's plain text, a body that grows too large JSON.
 TOO_LARGE = PROBLEM | {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
@@ -349,9 +349,9 @@ DEADLINE_SECONDS = 14  # a hung query can take 10 more, while psycopg cancels it
 
 
 class TimedRoute(APIRoute):
-    """A route with a limit: reading the body and making the answer may take DEADLINE_SECONDS.
+    """A route with a limit, for reading the body and making the answer together.
 
-    Raises TimeoutError after that.
+    Raises TimeoutError after DEADLINE_SECONDS.
     """
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
@@ -364,7 +364,7 @@ class TimedRoute(APIRoute):
         return handle_in_time
 
 
-app.router.route_class = TimedRoute  # for @app.get and its like; see Routes
+app.router.route_class = TimedRoute  # for @app.get and its like
 
 
 def harden(inner: ASGIApp) -> ASGIApp:
@@ -443,13 +443,16 @@ async def unavailable(_: Request, error: TimeoutError | DBAPIError) -> JSONRespo
 
 
 # --- Routes -----------------------------------------------------------------------
-# Yours go below, or into a file of their own: notes.py begins with `from main import app`
-# and is run by `uvicorn notes:app`. In the signature `user: CurrentUser` protects a route,
-# `user_id: CurrentUserId` does without asking the database, `session: SessionDep` gives
-# the database. Catch the IntegrityError of a constraint that your statement may break: it
-# would be a 503. An APIRouter of yours keeps the limit with route_class=TimedRoute.
+# Yours go below, or into a file of their own that says `from main import CurrentUser,
+# SessionDep, app` and is run by `uvicorn notes:app`. A model goes beside User, for
+# init_db.py to see. `user: CurrentUser` in the signature protects a route.
+# `user_id: CurrentUserId` protects it without a query, so a deleted or inactive user
+# still passes. `session: SessionDep` gives the database; catch the IntegrityError of a
+# constraint that your statement may break, or it is a 503. An APIRouter of yours keeps
+# the limit with route_class=TimedRoute.
 
 
+# 400 is FastAPI's own, for a body that cannot be decoded.
 @app.post("/auth/register", status_code=201, responses={400: PROBLEM, 409: PROBLEM})
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. The unique constraint decides who came first."""
