@@ -458,7 +458,7 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. The unique constraint decides who came first."""
     hashed_password = await hash_password(new.password)  # holds no connection yet
     row = {"email": new.email, "hashed_password": hashed_password}
-    user = await session.scalar(ADD_USER, row)
+    user = await session.scalar(ADD_USER, row)  # takes one; the return gives it back
     if user is None:
         log.info("registration refused, taken: %a", new.email)
         raise HTTPException(409, "Email already registered")

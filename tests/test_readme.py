@@ -195,7 +195,7 @@ def test_every_name_in_the_prose_is_one() -> None:
         ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
         ("Each opens up to 20 connections", "pool_size=20,\n    max_overflow=0,"),
         ("--workers 4` opens up to 80", "pool_size=20,"),
-        ("a token lasts 30 minutes", '"ACCESS_TOKEN_MINUTES", 30,'),
+        ("tokens last 30 minutes", '"ACCESS_TOKEN_MINUTES", 30,'),
         ("bcrypt at cost 12", '"BCRYPT_ROUNDS", 12,'),
         ("bcrypt reads 72 bytes", "> 72:  # bcrypt reads no more"),
     ],
