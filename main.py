@@ -371,8 +371,7 @@ def harden(inner: ASGIApp) -> ASGIApp:
     """Middleware against three things that a client could do to uvicorn.
 
     1. X-Forwarded-For can write anything into the log: it is escaped.
-    2. A body in chunks need not end, and uvicorn reads on behind its answer: the connection
-       is closed then.
+    2. A body in chunks need not end, and uvicorn reads on: the answer ends the connection.
     3. When a client has left, or has sent what is not HTTP and got uvicorn's own answer,
        the route's answer fails: one line, not a traceback, which quotes the refused body.
     """

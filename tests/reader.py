@@ -28,7 +28,6 @@ ELIDED = [
     (r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<token>"),
     (r"process \[\d+\]", "process [<pid>]"),
     (r"127\.0\.0\.1:\d+ - ", "127.0.0.1:<port> - "),
-    (r"/\S+/alembic\.ini", "<folder>/alembic.ini"),
     (r"=+ \d+ passed in [\d.]+s( \(\d:\d\d:\d\d\))? =+", "= <n> passed in <time> ="),
 ]
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"

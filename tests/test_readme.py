@@ -81,8 +81,6 @@ NEON_COMMANDS = [
     "-y neon@latest connection-string --pooled",
     "-y neon@latest claim create --file .env.neon",
 ]
-
-
 NEW_DATABASE = "python init_db.py\nalembic stamp head"
 
 
