@@ -1,109 +1,60 @@
-"""Create the tables: `python init_db.py`. The only moment at which tables are ever created."""
+"""Create the tables: `python init_db.py`; notes.py's too: `python init_db.py notes`."""
 
 import os
-import secrets
-import warnings
-from typing import Any
+import sys
+from importlib import import_module
+from pathlib import Path
 
-from sqlalchemy import (
-    Connection,
-    Table,
-    UniqueConstraint,
-    create_engine,
-    func,
-    inspect,
-    select,
-)
-from sqlalchemy.exc import CompileError, DBAPIError, SAWarning
+from sqlalchemy import create_engine, exc, inspect, text
 
-# Importing main reads every setting. This command needs DATABASE_URL alone: it signs no token and
-# hashes no password, so it answers for the other settings itself.
-os.environ |= {"JWT_SECRET": secrets.token_hex(32)}
-os.environ |= {"ACCESS_TOKEN_MINUTES": "30", "BCRYPT_ROUNDS": "4"}
+# main.py reads every setting; this command needs DATABASE_URL alone.
+os.environ.update(JWT_SECRET=32 * "x", ACCESS_TOKEN_MINUTES="1", BCRYPT_ROUNDS="4")
+from main import CONNECT_ARGS, Base, engine
 
-from main import CONNECT_ARGS, DATABASE_URL, Base, database_message, refuse
-
-warnings.simplefilter("ignore", SAWarning)  # of column types that it does not know
-
-LOCK = 0x61757468  # any number will do, as long as every init_db.py takes the same
-
-
-def describe(connection: Connection, kind: Any, nullable: bool, default: Any) -> str:
-    """A column in SQL's words, such as "BOOLEAN NOT NULL with a default"."""
-    try:
-        words = kind.compile(connection.dialect)
-    except CompileError:  # point, xml and others that SQLAlchemy does not know
-        words = "of another type"
-    words += " NULL" if nullable else " NOT NULL"
-    return words + (" with a default" if default is not None else "")
-
-
-def differences(connection: Connection, table: Table) -> list[str]:
-    """What sets the table in the database apart from the model, a phrase per column.
-
-    A column that is not in the model counts only if an INSERT would have to fill it.
-    """
-    inspector = inspect(connection)
-    found = {
-        column["name"]: describe(
-            connection, column["type"], column["nullable"], column["default"]
-        )
-        for column in inspector.get_columns(table.name)
-    }
-    wanted = {
-        column.name: describe(
-            connection, column.type, column.nullable, column.server_default
-        )
-        for column in table.columns
-    }
-    unique = [
-        set(u["column_names"]) for u in inspector.get_unique_constraints(table.name)
-    ]
-    return [
-        *(
-            f"{name} is {found.get(name, 'missing')}, should be {wanted[name]}"
-            for name in wanted
-            if found.get(name) != wanted[name]
-        ),
-        *(
-            f"{name} is {found[name]}, should not be there"
-            for name in found.keys() - wanted.keys()
-            if found[name].endswith(" NOT NULL")
-        ),
-        *(
-            f"{', '.join(constraint.columns.keys())} is not UNIQUE"
-            for constraint in table.constraints
-            if isinstance(constraint, UniqueConstraint)
-            and set(constraint.columns.keys()) not in unique
-        ),
-    ]
+PARTS = text(r"""WITH t AS (SELECT oid AS id, relname FROM pg_class
+    WHERE relname = ANY(:names) AND pg_table_is_visible(oid))  -- in the database's own words
+  SELECT concat_ws('.', relname, attname), trim(concat_ws(' ', format_type(atttypid, atttypmod),
+    CASE WHEN attnotnull THEN 'NOT NULL' END, 'DEFAULT ' || pg_get_expr(adbin, adrelid),
+    attidentity, attgenerated)) FROM t JOIN pg_attribute ON attrelid = id AND attnum > 0
+    AND NOT attisdropped LEFT JOIN pg_attrdef ON adrelid = id AND adnum = attnum
+  UNION SELECT concat_ws(' UNIQUE ', relname, substring(pg_get_indexdef(indexrelid), '\(.*')),
+    'there' FROM t JOIN pg_index ON indrelid = id AND indisunique AND indimmediate
+  UNION SELECT concat_ws(' ', relname, pg_get_constraintdef(oid)), 'there'
+    FROM t JOIN pg_constraint ON conrelid = id AND contype IN ('c', 'f', 'x')""")
 
 
 def init_db() -> None:
-    """Create the tables that are missing and say so, in one transaction, one caller at a time.
-
-    Exits without a change when a table exists but differs from the model, for `create_all`
-    leaves such a table as it is, and when the database cannot be reached.
-    """
-    engine = create_engine(
-        DATABASE_URL, connect_args=CONNECT_ARGS, hide_parameters=True
-    )
-    try:
-        with engine.begin() as connection:
-            connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
-            there = inspect(connection).get_table_names()
-            Base.metadata.create_all(connection)
-            for table in Base.metadata.sorted_tables:
-                if lines := differences(connection, table):
-                    refuse(
-                        f"table {table.name} differs from the model: {'; '.join(lines)}"
-                    )
-    except DBAPIError as error:
-        where = DATABASE_URL.host or DATABASE_URL.query.get("host", "the local socket")
-        refuse(f"cannot create tables at {where}: {database_message(error)}")
-    for table in Base.metadata.sorted_tables:
-        print(f"{table.name}: {'already there' if table.name in there else 'created'}")
+    """Create the missing tables: all or none, in one transaction, one caller at a time."""
+    tables = Base.metadata.sorted_tables
+    names = {"names": [table.name for table in tables if not table.schema]}
+    with create_engine(engine.url, connect_args=CONNECT_ARGS).begin() as db:
+        db.execute(text("SELECT pg_advisory_xact_lock(1635087464)"))
+        there = [t for t in tables if inspect(db).has_table(t.name, schema=t.schema)]
+        Base.metadata.create_all(db)
+        has = {part: words for part, words in db.execute(PARTS, names)}
+        moment = db.begin_nested()  # the models as temporary tables, to compare with
+        db.execution_options(schema_translate_map={t.schema: "pg_temp" for t in tables})
+        Base.metadata.create_all(db, checkfirst=False)
+        model = {part: words for part, words in db.execute(PARTS, names)}
+        moment.rollback()
+        has = dict.fromkeys(model, "absent") | has
+        model = {p: "absent" for p in has if has[p].endswith("NOT NULL")} | model
+        wrong = [f"{p} is {has[p]}, not {w}" for p, w in model.items() if has[p] != w]
+        if wrong:
+            raise ValueError(f"not as the model has it: {'; '.join(wrong)}")
+    for table in tables:
+        print(f"{table.name}: {'already there' if table in there else 'created'}")
 
 
 if __name__ == "__main__":
-    init_db()
+    try:
+        for name in sys.argv[1:]:
+            import_module(name.removesuffix(".py"))
+        init_db()
+    except (exc.DBAPIError, ImportError, ValueError) as error:
+        said = str(getattr(error, "orig", error)).partition("\n")[0]
+        print(f"error: no tables created at {engine.url.host}: {said}", file=sys.stderr)
+        sys.exit(3)
+    for file in Path(__file__).parent.glob("*.py"):
+        if file.stem not in [*sys.modules, "init_db"] and "(Base)" in file.read_text():
+            print(f"{file.name} has a model too: python init_db.py {file.stem}")
