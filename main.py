@@ -205,13 +205,9 @@ class BearerToken(HTTPBearer):
         """The user id in the access token. Raises 401 if there is none or a bad one."""
         if not (sent := await super().__call__(request)):
             raise unauthorized("Not authenticated")
-        token, key, require = (
-            sent.credentials,
-            settings.JWT_SECRET,
-            ["sub", "iat", "exp"],
-        )
+        token, key, need = sent.credentials, settings.JWT_SECRET, ["sub", "iat", "exp"]
         try:  # the algorithm is ours to say, never the token's (RFC 8725 §3.1)
-            return UUID(jwt.decode(token, key, ["HS256"], {"require": require})["sub"])
+            return UUID(jwt.decode(token, key, ["HS256"], {"require": need})["sub"])
         except (jwt.InvalidTokenError, ValueError):
             raise unauthorized("Invalid access token", "invalid_token") from None
 
