@@ -3,6 +3,7 @@
 import os
 import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -184,9 +185,12 @@ class TlsPostgres(Postgres):
 
 
 class PgBouncer:
-    """Debian's PgBouncer in transaction mode before a server: TLS and SCRAM on both sides."""
+    """Debian's PgBouncer in transaction mode before a server: TLS and SCRAM on both sides.
 
-    def __init__(self, postgres: Postgres, pool: int) -> None:
+    Unless the settings, in the words of its own configuration, say otherwise.
+    """
+
+    def __init__(self, postgres: Postgres, pool: int, **settings: str | int) -> None:
         program = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
         if program is None:
             missing("PgBouncer (Debian: apt-get install pgbouncer)")
@@ -194,13 +198,13 @@ class PgBouncer:
         self.port = free_port()
         self.home = Path(tempfile.mkdtemp(prefix="auth-pgbouncer-"))
         self.log_file = self.home / "log"
-        user = unprivileged()
-        if user:
-            os.chown(self.home, user["user"], user["group"])
-        certificate, key = make_certificate(self.home, user)
+        self.identity = unprivileged()
+        if self.identity:
+            os.chown(self.home, self.identity["user"], self.identity["group"])
+        certificate, key = make_certificate(self.home, self.identity)
         users = self.home / "users"
         users.write_text(f'"postgres" "{postgres.password}"\n')
-        settings = {
+        self.settings = {
             "listen_addr": "127.0.0.1",
             "listen_port": self.port,
             "unix_socket_dir": "",
@@ -213,17 +217,22 @@ class PgBouncer:
             "client_tls_cert_file": certificate,
             "client_tls_key_file": key,
             "server_tls_sslmode": "require",
-        }
+        } | settings
         configuration = self.home / "pgbouncer.ini"
         configuration.write_text(
             f"[databases]\n* = host=127.0.0.1 port={postgres.port}\n[pgbouncer]\n"
-            + "".join(f"{name} = {value}\n" for name, value in settings.items())
+            + "".join(f"{name} = {value}\n" for name, value in self.settings.items())
         )
         for file in (users, configuration):
             file.chmod(0o644)  # the folder around them is closed
-        with self.log_file.open("wb") as log:
+        self.command = [program, configuration]
+        self.start()
+
+    def start(self) -> None:
+        """Start the pooler and wait until it answers."""
+        with self.log_file.open("ab") as log:
             self.process = subprocess.Popen(
-                [program, configuration], stdout=log, stderr=log, cwd=self.home, **user
+                self.command, stdout=log, stderr=log, cwd=self.home, **self.identity
             )
         patience = time.monotonic() + 30
         while True:
@@ -241,12 +250,16 @@ class PgBouncer:
         """The URL of a database by way of the pooler, over TLS and nothing else."""
         direct = self.postgres.url(database)
         pooled = direct.replace(f":{self.postgres.port}/", f":{self.port}/")
-        return f"{pooled}?sslmode=require"
+        return f"{pooled}?sslmode={self.settings['client_tls_sslmode']}"
+
+    def halt(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """End the process: SIGTERM closes what is open, SIGKILL is a crash."""
+        self.process.send_signal(how)
+        self.process.wait(30)
 
     def stop(self) -> None:
         """End the pooler and remove all that it left on disk."""
-        self.process.terminate()
-        self.process.wait(30)
+        self.halt()
         shutil.rmtree(self.home, ignore_errors=True)
 
     def __enter__(self) -> Self:
