@@ -172,8 +172,8 @@ class Neon:
         except Refused as why:  # never FATAL, and one SQLSTATE for all
             fields = "SERROR", "VERROR", "CXX000", f"M{why}", "\0"
             client.send(b"E", "\0".join(fields).encode())
-        except (OSError, asyncio.IncompleteReadError):
-            pass  # it has left
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # it has left, or the door is being closed
         finally:
             writer.close()
 

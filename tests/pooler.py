@@ -77,13 +77,13 @@ class Wire:
 
     def _open(self) -> None:
         client, _ = self.listener.accept()
+        self.opened += 1
         try:
             server = socket.create_connection(("127.0.0.1", self.server_port))
         except OSError:
             client.close()
             return
         talk = Talk(client, server)
-        self.opened += 1
         self.talks.append(talk)
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -60,13 +60,15 @@ def before(text: str, advice: str = "") -> Situation:
     return Situation(text, advice, {"refusal": text, "refuses_first": True})
 
 
+LATER = ""  # the advice, until its words are settled
 FAILED = "Control plane request failed"
 SITUATIONS = {
     "wake-up-failed": after(FAILED),
-    "no-such-endpoint": after(f"{FAILED}: endpoint cannot be found"),
+    "no-such-endpoint": after(f"{FAILED}: endpoint cannot be found", LATER),
     "quota": after(
         f"{FAILED}: endpoint is temporarily unavailable."
-        " Check your quotas and/or contact our support."
+        " Check your quotas and/or contact our support.",
+        LATER,
     ),
     "compute-unreachable": after("Couldn't connect to compute node"),
     "too-many-wake-ups": after("Too many connections attempts"),
@@ -74,21 +76,24 @@ SITUATIONS = {
         "Too many connections to this endpoint. Please try again later."
     ),
     "no-permit": after("Failed to acquire permit to connect to the database"),
-    "address": before("This IP address 127.0.0.1 is not allowed to connect"),
+    "address": before("This IP address 127.0.0.1 is not allowed to connect", LATER),
     "password": Situation(
         "password authentication failed for user 'postgres'",
+        LATER,
         endpoint={"password": "another, since somebody has claimed the database"},
     ),
     "silence": Situation(LOST, endpoint={"hangs_up": True}),
-    "no-server-name": Situation("Endpoint ID is not specified", url={"sslsni": "0"}),
+    "no-server-name": Situation(
+        "Endpoint ID is not specified", LATER, url={"sslsni": "0"}
+    ),
     "options": Situation(
         "unsupported startup parameter in options: statement_timeout",
+        LATER,
         url={"options": "-c%20statement_timeout%3D5s"},
     ),
     "channel-binding": Situation(
         LOST,
         endpoint={"ignores_bound": True},
-        url={"channel_binding": "require"},
         mended={"channel_binding": "disable"},
     ),
 }
@@ -136,13 +141,13 @@ def token(service: Crowded) -> str:
 def commands(door: Neon) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
     """`python init_db.py` in every situation, run while other tests wait for something."""
     made = {}
-    with ThreadPoolExecutor(1) as background:
+    with ThreadPoolExecutor(2) as background:
         for name, situation in SITUATIONS.items():
             endpoint = door.add(f"ep-{name}")
             for attribute, value in situation.endpoint.items():
                 setattr(endpoint, attribute, value)
             url = pooled(door, f"ep-{name}", **situation.url)
-            command = "python", "init_db.py"
+            command = "nice", "python", "init_db.py"
             made[name] = background.submit(run, *command, database=url)
         yield made
 
@@ -286,30 +291,22 @@ socket.getaddrinfo = twice
 
 
 def test_host_with_several_addresses(door: Neon, token: str, tmp_path: Path) -> None:
-    """Neon's hosts have some: the reason is given once, not once for each."""
+    """Neon's hosts have some, and here each drops whoever comes: that is said once, on one line."""
     (tmp_path / "sitecustomize.py").write_text(TWO_ADDRESSES)
-    endpoint, situation = door.add("ep-two-addresses"), SITUATIONS["quota"]
-    endpoint.refusal = situation.text
-    url = pooled(door, "ep-two-addresses").replace("hostaddr=127.0.0.1&", "")
-    with Crowded(url, PYTHONPATH=str(tmp_path)) as service:
-        host = f"ep-two-addresses-pooler.{DOMAIN}"
-        check_unavailable(service, token, host, situation, door.compute.password)
-    assert endpoint.opened == 6
-    made = run("python", "init_db.py", database=url, PYTHONPATH=str(tmp_path))
+    with Wire(1) as nowhere:  # nobody listens on port 1
+        port = nowhere.listener.getsockname()[1]
+        url = pooled(door, NAME).replace("hostaddr=127.0.0.1&", "")
+        url = url.replace(f":{door.port}/", f":{port}/")
+        situation = Situation("server closed the connection unexpectedly")
+        host, secret = f"{NAME}-pooler.{DOMAIN}", door.compute.password
+        with Crowded(url, PYTHONPATH=str(tmp_path)) as service:
+            check_unavailable(service, token, host, situation, secret)
+        assert nowhere.opened == 3 * 2
+        made = run("python", "init_db.py", database=url, PYTHONPATH=str(tmp_path))
+        assert nowhere.opened == 4 * 2
     assert made.returncode == 3
     (line,) = made.stderr.splitlines()
     check_words(line, host, situation)
-
-
-def test_silence_before_tls(door: Neon, token: str) -> None:
-    """An address where connections are taken and dropped: 503, in one line too."""
-    with Wire(1) as nowhere:
-        port = nowhere.listener.getsockname()[1]
-        url = pooled(door, NAME).replace(f":{door.port}/", f":{port}/")
-        with Crowded(url) as service:
-            said = Situation("server closed the connection unexpectedly")
-            host, secret = f"{NAME}-pooler.{DOMAIN}", door.compute.password
-            check_unavailable(service, token, host, said, secret)
 
 
 # --- All is well ------------------------------------------------------------------
@@ -351,17 +348,6 @@ def test_whole_path(door: Neon, token: str) -> None:
         endpoint.pooler_port = pooler.port
         until(lambda: service.log.count("Application startup complete") == 4)
 
-        def live(email: str) -> list[int]:
-            registered, login = service.register(email), service.login(email)
-            token = login.json().get("access_token", "")
-            answers = registered, login, service.me(token), service.me(token)
-            return [answer.status_code for answer in answers]
-
-        emails = [f"path-{number}@example.com" for number in range(250)]
-        with ThreadPoolExecutor(40) as crowd:
-            lives = list(crowd.map(live, emails))
-        assert lives == [[201, 200, 200, 200]] * 250
-
         database = door.compute.url(DATABASE)
         with locked_table(database):
             checks = service.at_once(300, service.me, token)
@@ -377,7 +363,7 @@ def test_whole_path(door: Neon, token: str) -> None:
                 pooler.halt(signal.SIGKILL)
                 time.sleep(pause)
                 pooler.start()
-            load.goes_on()
+            until(lambda: len(load.seen) >= 1000, 60)
         seen = Counter(load.seen)
         assert seen.keys() <= {200, 201, 503}
         assert seen[503] in range(1, 2 * 8 * 2), "more than those in flight"
