@@ -27,7 +27,7 @@ class Compute(Postgres):
     """The PostgreSQL behind the front door, which has checked the password by then."""
 
     def __init__(self) -> None:
-        super().__init__(max_connections=104)  # the smallest one's
+        super().__init__(system_postgres(), max_connections=104)  # the smallest's
 
     def _create(self) -> None:
         super()._create()
@@ -119,7 +119,6 @@ class Neon:
     """The front door: TLS, the endpoint by the name of the host, the password, the way in."""
 
     def __init__(self, compute: Compute, pooler: Pooler) -> None:
-        system_postgres()  # a test without openssl ends here
         self.compute, self.pooler = compute, pooler
         self.endpoints: dict[str, Endpoint] = {}
         self.home = Path(tempfile.mkdtemp(prefix="auth-neon-"))
