@@ -190,12 +190,14 @@ def run(
 class Service:
     """The service, started as its users start it, on a port of the system's choice."""
 
-    def __init__(self, database: str, *options: str, **variables: str) -> None:
+    def __init__(
+        self, database: str, *options: str, app: str = "main:app", **variables: str
+    ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="auth-service-"))
         self.log_file = self.folder / "log"
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                ["uvicorn", "main:app", "--port", "0", *options],
+                ["uvicorn", app, "--port", "0", *options],
                 cwd=ROOT,
                 env=environment(database, **variables),
                 stdout=log,

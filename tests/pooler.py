@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NoReturn, Self
 
 import psycopg
 import pytest
@@ -139,7 +139,7 @@ class Wire:
         self.selector.close()
 
 
-def missing(what: str) -> None:
+def missing(what: str) -> NoReturn:
     """Skip the test for want of a program, or fail it where CI promises the program."""
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed, and CI is set")
