@@ -229,6 +229,8 @@ class Reader:
                 return self.find_in_log(block.text)
             case ["python", path]:
                 (self.folder / path).write_text(block.text)
+            case ["nginx", _]:
+                pass  # test_nginx.py starts it, on ports that anybody may use
             case ["diff", path]:
                 return self.patch(self.folder / path, block.text)
             case _:

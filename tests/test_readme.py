@@ -159,7 +159,7 @@ CODE = [
 OF_OTHERS = {  # names in the prose that are neither the project's nor uvicorn's
     "apt-get install postgresql-client", "brew install libpq",
     "brew link --force libpq", "npx -y neon@latest psql --", ".venv/Scripts/activate",
-    "&", "?", "@", quote("@"), "/", quote("/", safe=""), "%", quote("%"), "-pooler",
+    "/etc/nginx/conf.d/auth.conf", "&", "?", "@", quote("@"), "/", quote("/", safe=""), "%", quote("%"), "-pooler",
 }  # fmt: skip
 
 
