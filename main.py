@@ -1,4 +1,4 @@
-"""Authentication service: register, log in, get an access token, use it."""
+"""Authentication: register, log in, use the access token. Tables: see init_db.py."""
 
 import asyncio
 import logging
@@ -51,21 +51,21 @@ try:
 except ValidationError as error:
     for name in [str(problem["loc"][0]) for problem in error.errors()]:
         print("error:", name, Settings.model_fields[name].description, file=sys.stderr)
-    sys.exit(3)  # the status at which `uvicorn --workers` gives up too
+    sys.exit(3)  # as uvicorn when it cannot start: --workers ends too
 
 
 # --- Database ---------------------------------------------------------------------
 def look_at_socket(connection: Any) -> bool:
-    """True for an open connection, without a round trip; else an error of psycopg's."""
-    for _ in ("the server's last words", "the end of the connection behind them"):
+    """True if a connection is open, without a round trip; if not, psycopg raises."""
+    for _ in range(2):  # the server's last words, then the end of the connection
         connection.driver_connection.pgconn.consume_input()
     return True
 
 
-# 10 seconds; and nothing is prepared, for a pooler may switch connections.
+# Seconds; and no prepared statements, for a pooler may switch connections.
 CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
 # For the service's own statements: each commits itself, in one round trip.
-autocommit = create_async_engine(
+autocommit_engine = create_async_engine(
     settings.DATABASE_URL,
     isolation_level="AUTOCOMMIT",
     skip_autocommit_rollback=True,
@@ -73,11 +73,11 @@ autocommit = create_async_engine(
     pool_size=20,
     max_overflow=0,
     pool_recycle=280,  # seconds of age; Neon suspends after 300 idle ones
-    pool_pre_ping=True,
+    pool_pre_ping=True,  # by look_at_socket
     hide_parameters=True,  # keeps hashes out of errors
 )
-setattr(autocommit.dialect, "do_ping", look_at_socket)  # noqa: B010
-engine = autocommit.execution_options(isolation_level="READ COMMITTED")  # for yours
+setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
+engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
 
 
 class Base(DeclarativeBase): ...
@@ -104,31 +104,31 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """A session. After 14 seconds it raises TimeoutError: see `unavailable`."""
+    """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
     session = AsyncSession(engine, expire_on_commit=False)
-    async with asyncio.timeout(14):  # to which a hung connection adds 10 at most
+    async with asyncio.timeout(14):  # psycopg needs 10 more to close a hung one
         try:
             yield session
         finally:
-            if session.in_transaction():  # else it holds no connection
+            if session.in_transaction():  # else there is nothing to give back
                 await asyncio.shield(session.close())
 
 
 async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> Any:
-    """The user whom one of these statements returns, as a row, or None."""
-    if session.bind is not engine or session.in_transaction():  # a test's, or yours
+    """The user whom a statement, committed at once, returns: a row or a User. Or None."""
+    if session.bind is not engine or session.in_transaction():  # a test's, or begun
         return await session.scalar(statement, values)
-    async with autocommit.connect() as connection:  # a session takes a fifth longer
-        return (await connection.execute(statement, values)).one_or_none()
+    async with autocommit_engine.connect() as one:  # a session takes a fifth longer
+        return (await one.execute(statement, values)).one_or_none()
 
 
 # --- Passwords: bcrypt ------------------------------------------------------------
-# One thread for each core: hashing never stops the event loop. All else goes first.
+# One thread for each core, so that the event loop goes on; at nice 5, all else first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
 hashing = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
 # One at work and eight waiting for each core: more would give up before their turn.
 places = asyncio.Semaphore(9 * (os.cpu_count() or 1))
-# Checked when no active user has the address: the time tells not who has an account.
+# Checked when no active user has the address: equal time hides who has an account.
 NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
 
 
@@ -138,11 +138,11 @@ def normalize_password(password: Any) -> Any:
         password = unicodedata.normalize("NFC", password)
         if len(password.encode(errors="replace")) > 72 or "\0" in password:
             raise ValueError("password is longer than 72 bytes of UTF-8, or has a NUL")
-    return password  # what bcrypt reads to its end
+    return password  # bcrypt reads all of it
 
 
 async def hash_password(password: str, salt: str = "") -> str:
-    """The bcrypt hash, by the salt of another if given. 503 if no place is free."""
+    """The bcrypt hash, with the salt of a known hash if given. 503 if all is busy."""
     if places.locked():
         raise HTTPException(503, "Too many logins, try again", {"Retry-After": "5"})
     salted = salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
@@ -156,7 +156,7 @@ Email = Annotated[EmailStr, AfterValidator(str.lower)]
 Password = Annotated[str, BeforeValidator(normalize_password), Field(max_length=72)]
 
 
-class Credentials(BaseModel):  # a max_length refuses half characters too
+class Credentials(BaseModel):  # any max_length refuses lone surrogates too
     email: Email = Field(max_length=254, examples=["ann@example.com"])
     password: Password = Field(examples=["correct horse"])
 
@@ -181,7 +181,7 @@ class Token(BaseModel):
     expires_in: int = Field(description="seconds")
 
 
-# --- Dependencies: what a route asks for in its signature -------------------------
+# --- Tokens and dependencies: what a route asks for in its signature --------------
 # scope="function": closed when the route returns, before the client is answered.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 
@@ -232,11 +232,11 @@ FIELD = create_model("Field", type=str, loc=list[str | int], msg=str)
 INVALID = {"model": create_model("Invalid", detail=list[FIELD])}  # type: ignore
 BODY: dict[int | str, dict[str, Any]] = {400: PROBLEM, 422: INVALID}
 TAGS: Any = ["auth"]
-PASSING = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError
+TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError
 app = FastAPI(
     title="Authentication: register, log in, get an access token, use it",
-    on_shutdown=[autocommit.dispose],
-    redirect_slashes=False,
+    on_shutdown=[autocommit_engine.dispose],
+    redirect_slashes=False,  # to whatever the Host header says
     generate_unique_id_function=lambda route: route.name,  # for generated clients
     responses={413: {"description": "Over 16 KiB"}, 503: PROBLEM},
 )
@@ -246,27 +246,27 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 @app.exception_handler(RequestValidationError)
 async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """422, without what was sent: no password comes back, or into a traceback."""
-    for problem in error.errors():
+    for problem in (problems := error.errors()):
         problem.pop("input", None)
         problem.pop("ctx", None)
-    return JSONResponse({"detail": error.errors()}, 422)
+    return JSONResponse({"detail": problems}, 422)
 
 
 @app.exception_handler(exc.SQLAlchemyError)
 @app.exception_handler(TimeoutError)
 async def unavailable(_: Request, error: Exception) -> JSONResponse:
-    """503 for what passes, and the log says why; a mistake in your SQL stays a 500."""
+    """503 for transient errors, and the log says why. Other errors of SQL are a 500."""
     cause, advice = getattr(error, "orig", error), "try again"
     if isinstance(cause, UndefinedTable):
         advice = "run: python init_db.py"
-    elif not isinstance(error, PASSING) and type(cause) is not ReadOnlySqlTransaction:
+    elif not isinstance(error, TRANSIENT) and type(cause) is not ReadOnlySqlTransaction:
         raise error
-    why = str(cause).partition("\n")[0] or "no answer in time"  # no values of a row
+    why = str(cause).partition("\n")[0] or "no answer in time"  # without row values
     log.error(f"unavailable: {engine.url.host}: {why}; {advice}, or see README.md")
     return JSONResponse({"detail": f"Unavailable, {advice}"}, 503, {"Retry-After": "5"})
 
 
-# --- Routes -----------------------------------------------------------------------
+# --- Routes: yours go into a file of their own that says `from main import app` ---
 @app.post("/auth/register", status_code=201, tags=TAGS, responses=BODY | {409: PROBLEM})
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. A password has 8 characters to 72 bytes."""
@@ -276,7 +276,7 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
         log.info("registration refused, taken: %a", new.email)
         raise HTTPException(409, "Email already registered")
     answer = UserOut.model_validate(user)
-    await session.commit()
+    await session.commit()  # for a session of a test's; ours is done
     log.info("registered: %a as %s", answer.email, answer.id)
     return answer
 
