@@ -25,10 +25,12 @@ PATIENCE = 120  # seconds without a word, before the reader gives up
 
 ELIDED = [
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\.\d+(Z|[+-]\d\d(:\d\d)?)", "<time>"),
+    (r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", "<time>"),
     (r"eyJ[\w-]+\.[\w-]+\.[\w-]+", "<token>"),
     (r"process \[\d+\]", "process [<pid>]"),
     (r"127\.0\.0\.1:\d+ - ", "127.0.0.1:<port> - "),
     (r"=+ \d+ passed in [\d.]+s( \(\d:\d\d:\d\d\))? =+", "= <n> passed in <time> ="),
+    (r"passed in [\d.]+s", "passed in <time>"),
 ]
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
 

@@ -32,10 +32,11 @@ TRUSTING.verify_mode = ssl.CERT_NONE
 
 
 def section() -> str:
-    """The README's section, or what NGINX_README holds until it stands there."""
-    readme = Path(os.environ.get("NGINX_README", ROOT / "README.md")).read_text()
+    """What the README says about nginx."""
     return re.search(
-        r"^## Behind nginx\n.*?(?=^## |\Z)", readme, re.MULTILINE | re.DOTALL
+        r"^### Behind nginx\n.*?(?=^##+ |\Z)",
+        (ROOT / "README.md").read_text(),
+        re.MULTILINE | re.DOTALL,
     )[0]
 
 
