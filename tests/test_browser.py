@@ -141,7 +141,7 @@ def test_a_person_registers_logs_in_and_uses_the_token(docs: Page) -> None:
 
 
 def test_the_page_says_what_the_service_is(docs: Page) -> None:
-    said = docs.locator(".info .description")
+    said = docs.locator(".info .title")
     for words in ("register", "log in", "access token"):
         expect(said).to_contain_text(words, ignore_case=True)
     # One group: a route without a tag would stand under "default".
@@ -165,26 +165,9 @@ def test_the_page_says_which_passwords_are_refused_and_how(
 
 # --- Another origin
 
-# The README's block, once it has one.
-BLOCK = re.search(
+CORS = re.search(
     r"(?ms)^```python cors\.py\n(.*?)^```$", (ROOT / "README.md").read_text()
-)
-CORS = (
-    BLOCK[1]
-    if BLOCK
-    else """\
-from fastapi.middleware.cors import CORSMiddleware
-
-from main import app
-
-app.add_middleware(
-    CORSMiddleware,
-    allow_origins=["http://127.0.0.1:3000"],
-    allow_methods=["GET", "POST"],
-    allow_headers=["Authorization"],
-)
-"""
-)
+)[1]
 (ORIGIN,) = re.findall(r"""https?://[^"']+""", CORS)
 
 # Gives status and body, as a page's own script would get them.
