@@ -57,7 +57,7 @@ except ValidationError as error:
 # --- Database ---------------------------------------------------------------------
 def look_at_socket(connection: Any) -> bool:
     """True if a connection is open, without a round trip; if not, psycopg raises."""
-    for _ in range(2):  # the server's last words, then the end of the connection
+    for _ in range(2):  # the server's goodbye, if any, then the end of the stream
         connection.driver_connection.pgconn.consume_input()
     return True
 
@@ -106,7 +106,7 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
     session = AsyncSession(engine, expire_on_commit=False)
-    async with asyncio.timeout(14):  # psycopg needs 10 more to close a hung one
+    async with asyncio.timeout(14):  # closing a hung connection may add 10
         try:
             yield session
         finally:
@@ -115,7 +115,7 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 
 async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> Any:
-    """The user whom a statement, committed at once, returns: a row or a User. Or None."""
+    """Run a statement, commit it unless in a transaction. Gives a row, a User or None."""
     if session.bind is not engine or session.in_transaction():  # a test's, or begun
         return await session.scalar(statement, values)
     async with autocommit_engine.connect() as one:  # a session takes a fifth longer
@@ -126,7 +126,7 @@ async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> An
 # One thread for each core, so that the event loop goes on; at nice 5, all else first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
 hashing = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
-# One at work and eight waiting for each core: more would give up before their turn.
+# One at work and eight waiting for each core: more would hit the 14 seconds.
 places = asyncio.Semaphore(9 * (os.cpu_count() or 1))
 # Checked when no active user has the address: equal time hides who has an account.
 NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
@@ -138,7 +138,7 @@ def normalize_password(password: Any) -> Any:
         password = unicodedata.normalize("NFC", password)
         if len(password.encode(errors="replace")) > 72 or "\0" in password:
             raise ValueError("password is longer than 72 bytes of UTF-8, or has a NUL")
-    return password  # bcrypt reads all of it
+    return password  # fits the 72 bytes that bcrypt reads
 
 
 async def hash_password(password: str, salt: str = "") -> str:
@@ -156,7 +156,7 @@ Email = Annotated[EmailStr, AfterValidator(str.lower)]
 Password = Annotated[str, BeforeValidator(normalize_password), Field(max_length=72)]
 
 
-class Credentials(BaseModel):  # any max_length refuses lone surrogates too
+class Credentials(BaseModel):  # max_length makes lone surrogates a 422
     email: Email = Field(max_length=254, examples=["ann@example.com"])
     password: Password = Field(examples=["correct horse"])
 
@@ -276,7 +276,7 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
         log.info("registration refused, taken: %a", new.email)
         raise HTTPException(409, "Email already registered")
     answer = UserOut.model_validate(user)
-    await session.commit()  # for a session of a test's; ours is done
+    await session.commit()  # only a test's session has not, yet
     log.info("registered: %a as %s", answer.email, answer.id)
     return answer
 
