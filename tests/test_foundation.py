@@ -1,0 +1,678 @@
+"""What readers build on top, as the documentation of SQLAlchemy and of FastAPI says.
+
+A reader's `notes.py` beside a copy of `main.py`, served as the README says, and a reader's own
+tests. A wire before the database tells which statements went over it, and in how many round trips.
+"""
+
+import random
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent, indent
+from typing import Any, NamedTuple
+
+import httpx
+import psycopg
+import pytest
+from harness import ROOT, Postgres, Service, fresh_database, run
+from pooler import Wire
+
+# --- What a reader writes ---------------------------------------------------------
+NOTES = """
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import datetime
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import APIRouter, BackgroundTasks, Depends, HTTPException, Request, WebSocket
+from fastapi.responses import StreamingResponse
+from sqlalchemy import ForeignKey, func, insert, select, text, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncAttrs, AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Mapped, mapped_column, relationship, selectinload
+
+from main import (
+    Base, CurrentUser, CurrentUserId, SessionDep, User, app, engine, get_current_user
+)
+
+
+class Note(AsyncAttrs, Base):
+    __tablename__ = "notes"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(unique=True)
+    made: Mapped[datetime] = mapped_column(server_default=func.now())
+    author_id: Mapped[UUID | None] = mapped_column(ForeignKey("users.id"))
+    author: Mapped[User | None] = relationship()
+
+
+in_twos = APIRouter(
+    prefix="/in-twos", tags=["notes"], dependencies=[Depends(get_current_user)]
+)
+
+
+@in_twos.get("/count")
+async def count(session: SessionDep) -> int:
+    return await session.scalar(select(func.count()).select_from(Note))
+
+
+app.include_router(in_twos)
+
+
+@app.get("/whoami")
+async def whoami(user_id: CurrentUserId) -> UUID:
+    return user_id
+
+
+@app.post("/upload", max_body_size=100_000)
+async def upload(request: Request) -> int:
+    return len(await request.body())
+
+
+@app.post("/small")
+async def small(request: Request) -> int:
+    return len(await request.body())
+
+
+@app.websocket("/talk")
+async def talk(socket: WebSocket, user_id: CurrentUserId) -> None:
+    await socket.accept()
+    await socket.send_text(str(user_id))
+    await socket.close()
+
+
+async def audited(user: CurrentUser, session: SessionDep) -> AsyncIterator[None]:
+    yield
+    session.add(Note(text=f"{user.email} was here"))
+    await session.commit()
+
+
+@app.get("/audited", dependencies=[Depends(audited, scope="function")])
+async def with_audit() -> str:
+    return "audited"
+
+
+@app.get("/stream")
+async def stream(user: CurrentUser, session: SessionDep) -> StreamingResponse:
+    first = await session.scalar(text("SELECT 'first'"))
+
+    async def lines() -> AsyncIterator[str]:
+        yield first
+        async with AsyncSession(engine) as own:
+            rows = await own.stream_scalars(text("SELECT generate_series(1, 5000)"))
+            async for number in rows:
+                yield f" {number}"
+
+    return StreamingResponse(lines())
+
+
+@app.post("/later")
+async def later(mark: str, user: CurrentUser, tasks: BackgroundTasks) -> None:
+    async def write() -> None:
+        async with AsyncSession(engine) as own, own.begin():
+            own.add(Note(text=mark, author_id=user.id))
+
+    tasks.add_task(write)
+"""
+ROUTE = """
+
+@app.post("/{path}")
+async def {name}({signature}):
+{code}
+"""
+ALONE = "mark: str, session: SessionDep"
+WITH_USER = "mark: str, user: CurrentUser, session: SessionDep"
+
+
+class Row(NamedTuple):
+    """A route's code, what it answers, and the notes that are there afterwards."""
+
+    code: str
+    status: int
+    left: set[str]
+
+
+WRITES = {
+    "add and commit": Row(
+        """
+        session.add(Note(text=mark))
+        await session.commit()
+        """,
+        200,
+        {""},
+    ),
+    "read after the commit": Row(
+        """
+        note = Note(text=mark)
+        session.add(note)
+        await session.commit()
+        return note.id, note.text, note.made
+        """,
+        200,
+        {""},
+    ),
+    "begin": Row(
+        """
+        async with session.begin():
+            session.add(Note(text=mark))
+            session.add(Note(text=mark + " too"))
+        """,
+        200,
+        {"", " too"},
+    ),
+    "begin and an exception": Row(
+        """
+        async with session.begin():
+            session.add(Note(text=mark))
+            await session.flush()
+            raise LookupError
+        """,
+        500,
+        set(),
+    ),
+    "flush and a refusal": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        raise HTTPException(409)
+        """,
+        409,
+        set(),
+    ),
+    "flush and rollback": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        await session.rollback()
+        """,
+        200,
+        set(),
+    ),
+    "flush and nothing more": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        """,
+        200,
+        set(),
+    ),
+    "rollback and then a commit": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        await session.rollback()
+        session.add(Note(text=mark + " too"))
+        await session.commit()
+        """,
+        200,
+        {" too"},
+    ),
+    "two writes, the second fails": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        session.add(Note(text=mark))
+        await session.commit()
+        """,
+        500,
+        set(),
+    ),
+    "two statements, the second fails": Row(
+        """
+        async with session.begin():
+            await session.execute(insert(Note).values(text=mark))
+            await session.execute(insert(Note).values(text=mark))
+        """,
+        500,
+        set(),
+    ),
+    "execute and commit": Row(
+        """
+        await session.execute(insert(Note).values(text=mark))
+        await session.commit()
+        """,
+        200,
+        {""},
+    ),
+    "execute and no commit": Row(
+        """
+        await session.execute(insert(Note).values(text=mark))
+        """,
+        200,
+        set(),
+    ),
+    "a savepoint given up": Row(
+        """
+        session.add(Note(text=mark))
+        try:
+            async with session.begin_nested():
+                session.add(Note(text=mark))
+        except IntegrityError:
+            session.add(Note(text=mark + " too"))
+        await session.commit()
+        """,
+        200,
+        {"", " too"},
+    ),
+    "a savepoint kept, and the whole given up": Row(
+        """
+        async with session.begin_nested():
+            session.add(Note(text=mark))
+        await session.rollback()
+        """,
+        200,
+        set(),
+    ),
+    "not seen by another session before the commit": Row(
+        """
+        session.add(Note(text=mark))
+        await session.flush()
+        async with AsyncSession(engine) as other:
+            seen = select(Note).where(Note.text == mark)
+            assert await other.scalar(seen) is None
+            await session.commit()
+            assert await other.scalar(seen)
+        """,
+        200,
+        {""},
+    ),
+    "rows by and by, which takes a transaction": Row(
+        """
+        session.add_all(Note(text=mark + end) for end in "abc")
+        await session.flush()
+        mine = select(Note).where(Note.text.startswith(mark)).order_by(Note.id)
+        texts = [note.text async for note in await session.stream_scalars(mine)]
+        assert texts == [mark + end for end in "abc"]
+        """,
+        200,
+        set(),
+    ),
+    "another isolation, which the next one does not get": Row(
+        """
+        level = text("SHOW transaction_isolation")
+        wish = {"isolation_level": "SERIALIZABLE"}
+        await session.connection(execution_options=wish)
+        assert await session.scalar(level) == "serializable"
+        session.add(Note(text=mark))
+        await session.commit()
+        assert await session.scalar(level) == "read committed"
+        """,
+        200,
+        {""},
+    ),
+    "a connection of the engine": Row(
+        """
+        async with engine.begin() as connection:
+            await connection.execute(insert(Note).values(text=mark))
+        async with engine.connect() as connection:
+            await connection.execute(insert(Note).values(text=mark + " too"))
+        """,
+        200,
+        {""},
+    ),
+    "a session maker of one's own": Row(
+        """
+        make_session = async_sessionmaker(engine)
+        async with make_session.begin() as own:
+            own.add(Note(text=mark))
+        async with make_session() as own:
+            own.add(Note(text=mark + " too"))
+            await own.flush()
+        """,
+        200,
+        {""},
+    ),
+}
+
+
+class Mistake(NamedTuple):
+    """A route's code, what it answers, and what the log says."""
+
+    code: str
+    status: int
+    said: str
+
+
+LOCK = 'await {}.execute(text("SELECT pg_advisory_xact_lock({})"))'
+MISTAKES = {
+    "unique violation": Mistake(
+        """
+        session.add_all([Note(text=mark), Note(text=mark)])
+        await session.commit()
+        """,
+        500,
+        "UniqueViolation",
+    ),
+    "foreign key violation": Mistake(
+        """
+        session.add(Note(text=mark, author_id=UUID(int=0)))
+        await session.commit()
+        """,
+        500,
+        "ForeignKeyViolation",
+    ),
+    "misspelt column": Mistake(
+        'await session.execute(text("SELECT txet FROM notes"))',
+        500,
+        "UndefinedColumn",
+    ),
+    "division by zero": Mistake(
+        'await session.execute(text("SELECT 1 / 0"))', 500, "DivisionByZero"
+    ),
+    "misspelt function": Mistake(
+        'await session.execute(text("SELECT nwo()"))', 500, "UndefinedFunction"
+    ),
+    "misspelt SQL": Mistake(
+        'await session.execute(text("SELEKT 1"))', 500, "SyntaxError"
+    ),
+    "lazy load": Mistake(
+        """
+        session.add(Note(text=mark, author_id=await session.scalar(select(User.id))))
+        await session.flush()
+        session.expunge_all()
+        note = await session.scalar(select(Note).where(Note.text == mark))
+        return note.author.email
+        """,
+        500,
+        "MissingGreenlet",
+    ),
+    "no row where one must be": Mistake(
+        "(await session.execute(select(Note).where(Note.id == -1))).one()",
+        500,
+        "NoResultFound",
+    ),
+    "table not created": Mistake(
+        'await session.execute(text("SELECT * FROM tags"))',
+        503,
+        'relation "tags" does not exist; run: python init_db.py',
+    ),
+    "statement timeout": Mistake(
+        """
+        await session.execute(text("SET LOCAL statement_timeout = 10"))
+        await session.execute(text("SELECT pg_sleep(10)"))
+        """,
+        503,
+        "canceling statement due to statement timeout; try again",
+    ),
+    "lock timeout": Mistake(
+        f"""
+        {LOCK.format("session", 1)}
+        async with AsyncSession(engine) as other:
+            await other.execute(text("SET LOCAL lock_timeout = 10"))
+            {LOCK.format("other", 1)}
+        """,
+        503,
+        "canceling statement due to lock timeout; try again",
+    ),
+    "serialization failure": Mistake(
+        """
+        wish = {"isolation_level": "REPEATABLE READ"}
+        await session.connection(execution_options=wish)
+        change = update(User).values(is_active=User.is_active)
+        await session.scalar(select(User.id))
+        async with AsyncSession(engine) as other, other.begin():
+            await other.execute(change)
+        await session.execute(change)
+        """,
+        503,
+        "could not serialize access due to concurrent update; try again",
+    ),
+    "deadlock": Mistake(
+        f"""
+        async with AsyncSession(engine) as other:
+            {LOCK.format("session", 1)}
+            {LOCK.format("other", 2)}
+            await asyncio.gather(
+                {LOCK.format("session", 2)[6:]},
+                {LOCK.format("other", 1)[6:]},
+            )
+        """,
+        503,
+        "deadlock detected; try again",
+    ),
+}
+
+USER_ROUTES = {
+    "change the copy": Mistake(
+        "user.is_active = False", 500, "session.get(User, user.id)"
+    ),
+    "a new attribute on the copy": Mistake(
+        'user.nickname = "Ann"', 500, "session.get(User, user.id)"
+    ),
+    "return the user": Mistake("return user", 200, ""),
+    "change the account": Mistake(
+        """
+        account = await session.get(User, user.id)
+        account.email = f"new-{account.email}"
+        await session.commit()
+        await session.refresh(account)
+        return account.email
+        """,
+        200,
+        "",
+    ),
+    "change the account in a transaction": Mistake(
+        """
+        async with session.begin():
+            account = await session.get(User, user.id, with_for_update=True)
+            account.email = f"new-{account.email}"
+        return account.email
+        """,
+        200,
+        "",
+    ),
+    "change the account by a statement": Mistake(
+        """
+        change = update(User).where(User.id == user.id).returning(User.email)
+        email = await session.scalar(change.values(email="new-" + User.email))
+        await session.commit()
+        return email
+        """,
+        200,
+        "",
+    ),
+}
+
+
+def name_of(row: str) -> str:
+    return re.sub(r"\W+", "_", row)
+
+
+def routes() -> str:
+    """notes.py: what stands above, and for each row of the tables a route."""
+    made = NOTES
+    for table in (WRITES, MISTAKES, USER_ROUTES):
+        for title, row in table.items():
+            name = name_of(title)
+            code = indent(dedent(row.code).strip(), "    ")
+            for path, signature in ((name, ALONE), (f"with_user/{name}", WITH_USER)):
+                if table is not USER_ROUTES or signature is WITH_USER:
+                    made += ROUTE.format(
+                        path=path,
+                        name=path.replace("/", "_"),
+                        signature=signature,
+                        code=code,
+                    )
+    return made
+
+
+# --- The reader's service ---------------------------------------------------------
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A server that one can listen to, and that sees a deadlock at once."""
+    with Postgres(deadlock_timeout="20ms") as postgres:
+        yield postgres
+
+
+@pytest.fixture(scope="module")
+def server(postgres: Postgres) -> str:
+    return postgres.url("postgres")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project with a reader's notes.py in it."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in ("main.py", "init_db.py"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "notes.py").write_text(routes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def database(server: str, folder: Path) -> Iterator[str]:
+    """The URL of a database with the reader's tables."""
+    with fresh_database(server) as database:
+        made = run("python", "init_db.py", "notes", database=database, folder=folder)
+        assert (made.returncode, made.stderr) == (0, "")
+        assert made.stdout == "users: created\nnotes: created\n"
+        yield database
+
+
+@pytest.fixture(scope="module")
+def wire(postgres: Postgres) -> Iterator[Wire]:
+    with Wire(postgres.port) as wire:
+        yield wire
+
+
+@pytest.fixture(scope="module")
+def service(database: str, folder: Path, wire: Wire) -> Iterator[Service]:
+    """The reader's service, behind the wire."""
+    url = wire.url(database)
+    with Service(url, "--app-dir", str(folder), app="notes:app") as service:
+        service.http.close()
+        once = httpx.Limits(max_keepalive_connections=0)  # uvicorn hangs up after a 500
+        service.http = httpx.Client(base_url=service.url, timeout=60, limits=once)
+        yield service
+
+
+class Account(NamedTuple):
+    email: str
+    headers: dict[str, str]
+
+
+def account(service: Service) -> Account:
+    """A new user, who is logged in."""
+    email = f"{secrets.token_hex(4)}@example.com"
+    assert service.register(email).status_code == 201
+    token = service.login(email).json()["access_token"]
+    return Account(email, {"Authorization": f"Bearer {token}"})
+
+
+@pytest.fixture(scope="module")
+def ann(service: Service) -> Account:
+    return account(service)
+
+
+def rows(database: str, sql: str, *values: str) -> list[tuple[Any, ...]]:
+    """What a query gives on a connection of its own."""
+    with psycopg.connect(database) as connection:
+        return connection.execute(sql, values).fetchall()
+
+
+def left(database: str, mark: str) -> set[str]:
+    """The ends of the notes that are there and begin with the mark."""
+    found = rows(database, "SELECT text FROM notes WHERE text LIKE %s || '%%'", mark)
+    return {text.removeprefix(mark) for (text,) in found}
+
+
+def logged(service: Service, since: int, word: str) -> str:
+    """The log from there on, once the word is in it: a traceback comes after its answer."""
+    patience = time.monotonic() + 5
+    while word not in service.log[since:] and time.monotonic() < patience:
+        time.sleep(0.01)
+    return service.log[since:]
+
+
+def own_routes_are_one_round_trip_each(service: Service, wire: Wire) -> None:
+    """Registering, logging in and a token check: one statement, without BEGIN or COMMIT."""
+    email = f"{secrets.token_hex(4)}@example.com"
+    for ask, verb in ((service.register, "INSERT"), (service.login, "SELECT")):
+        before, trips = len(wire.statements), wire.round_trips
+        answer = ask(email)
+        assert answer.is_success
+        said = [statement.split(" ")[0] for statement in wire.statements[before:]]
+        assert (said, wire.round_trips - trips) == ([verb], 1)
+    before, trips = len(wire.statements), wire.round_trips
+    assert service.me(answer.json()["access_token"]).json()["email"] == email
+    said = [statement.split(" ")[0] for statement in wire.statements[before:]]
+    assert (said, wire.round_trips - trips) == (["SELECT"], 1)
+
+
+# --- Writes -----------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["", "with_user/"], ids=["alone", "with a user"])
+@pytest.mark.parametrize("title", WRITES)
+def test_a_transaction_is_a_transaction(
+    service: Service, database: str, wire: Wire, ann: Account, title: str, path: str
+) -> None:
+    """What SQLAlchemy's documentation says is saved is saved, and nothing else."""
+    _, status, expected = WRITES[title]
+    mark = secrets.token_hex(4)
+    before = len(wire.statements)
+    answer = service.http.post(
+        f"/{path}{name_of(title)}", params={"mark": mark}, headers=ann.headers
+    )
+    assert answer.status_code == status, service.log
+    assert left(database, mark) == expected
+    said = [statement.split(" ")[0] for statement in wire.statements[before:]]
+    assert said[: said.index("BEGIN")] == (["SELECT"] if path else [])
+    assert said[-1] in ("COMMIT", "ROLLBACK")
+    own_routes_are_one_round_trip_each(service, wire)
+
+
+def test_all_at_once(service: Service, database: str, ann: Account) -> None:
+    """Interleaved on shared connections, each still gets what it was promised."""
+
+    def ask(title: str) -> tuple[str, bool]:
+        if title in ("register", "login", "me"):
+            own = account(service)
+            me = service.http.get("/auth/me", headers=own.headers)
+            return title, me.json()["email"] == own.email
+        _, status, expected = WRITES[title]
+        path = random.choice(["", "with_user/"]) + name_of(title)
+        mark = secrets.token_hex(4)
+        answer = service.http.post(
+            f"/{path}", params={"mark": mark}, headers=ann.headers
+        )
+        return title, (answer.status_code, left(database, mark)) == (status, expected)
+
+    turns = 5 * [*WRITES, *10 * ["me"]]
+    random.shuffle(turns)
+    with ThreadPoolExecutor(6) as crowd:
+        assert [title for title, right in crowd.map(ask, turns) if not right] == []
+    open_ones = "SELECT query FROM pg_stat_activity WHERE state LIKE 'idle in %%'"
+    assert rows(database, open_ones) == []
+
+
+# --- Mistakes ---------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["", "with_user/"], ids=["alone", "with a user"])
+@pytest.mark.parametrize("title", MISTAKES)
+def test_a_mistake_is_named_and_what_passes_is_503(
+    service: Service, ann: Account, wire: Wire, title: str, path: str
+) -> None:
+    """A mistake in one's own SQL is a 500 with its traceback; what passes is a 503."""
+    _, status, said = MISTAKES[title]
+    since = len(service.log)
+    answer = service.http.post(
+        f"/{path}{name_of(title)}",
+        params={"mark": secrets.token_hex(4)},
+        headers=ann.headers,
+    )
+    log = logged(service, since, said)
+    assert answer.status_code == status, log
+    assert said in log
+    if status == 500:
+        assert "Traceback" in log
+        assert '/notes.py", line' in log
+        for wrong in ("try again", "init_db.py", "ERROR unavailable"):
+            assert wrong not in log + answer.text
+    else:
+        assert "Traceback" not in log
+        assert answer.headers["retry-after"]
+        advice = said.partition("; ")[2]
+        assert answer.json() == {"detail": f"Unavailable, {advice}"}
+    own_routes_are_one_round_trip_each(service, wire)
