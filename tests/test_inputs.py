@@ -6,13 +6,12 @@ import hmac
 import http.client
 import json
 import re
-import resource
 import socket
 import time
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import psutil
 import psycopg
 import pytest
 from harness import JWT_SECRET, Service, run
+from openapi_spec_validator import validate
 
 PASSWORD = "correct horse"
 
@@ -72,7 +72,8 @@ def test_a_new_account_is_201_with_these_four_fields(service: Service) -> None:
         "BOB@example.com",
         "Bob@EXAMPLE.COM",
         " bob@example.com\t",
-        "\nbob@example.com ",
+        "Bob <bob@example.com>",
+        "<BOB@example.com>",
     ],
 )
 def test_one_address_is_one_account_however_it_is_spelt(
@@ -87,23 +88,18 @@ def test_one_address_is_one_account_however_it_is_spelt(
     assert service.login(spelling).status_code == 200
 
 
-@pytest.mark.parametrize("small", ["νικος.π@example.com", "a@οδος.example.com"])
-def test_a_greek_address_is_one_account_in_capitals_too(
-    service: Service, small: str
-) -> None:
-    assert service.register(small).status_code == 201
-    assert service.register(small.upper()).status_code == 409
-    assert service.login(small.upper()).status_code == 200
-
-
 def test_a_hundred_registrations_of_one_address_make_one_account(
     service: Service,
 ) -> None:
     email = fresh_email()
+
+    def registered(_: int) -> int:
+        while (status := service.register(email).status_code) == 503:
+            time.sleep(0.05)  # no place to hash: a client tries again
+        return status
+
     with ThreadPoolExecutor(100) as crowd:
-        answers = list(
-            crowd.map(lambda _: service.register(email).status_code, range(100))
-        )
+        answers = list(crowd.map(registered, range(100)))
     assert sorted(answers) == [201] + 99 * [409]
 
 
@@ -128,7 +124,7 @@ def test_extra_fields_change_nothing(service: Service) -> None:
     "email",
     [
         "", " ", "ann", "@example.com", "ann@", "ann@example", "a@@example.com", "a b@example.com",
-        "Ann <ann@example.com>", "<ann@example.com>", "ann@example.com,bob@example.com",
+        "\nann@example.com", "Ann\r\n<ann@example.com>", "ann@example.com,bob@example.com", "Ann <ann>", "Ann <ann@example.com",
         "ann@example.com\nbob@example.com", "ann\u2028@example.com", "ann\u202e@example.com",
         "ann\x00@example.com", "ann@exa\x00mple.com", "ann@[127.0.0.1]", "ann@localhost",
         "a" * 250 + "@example.com", "ann@" + "a." * 130 + "com", "ann@" + "a" * 9000 + ".com",
@@ -161,7 +157,7 @@ def test_unusual_addresses_register_and_log_in(service: Service, email: str) -> 
 @pytest.mark.parametrize(
     "password",
     [
-        "8 chars!", "a" * 72, "я" * 36, "🐴" * 18, "nul\0nul\0nul", "        ", "  outer  ",
+        "8 chars!", "a" * 72, "я" * 36, "🐴" * 18, "        ", "  outer  ",
         "in  ner  ", "пароль-пароль", "\t\n\r\x0b\x1f\x7f\x85\u2028", "ﬁﬁﬁﬁﬁﬁﬁﬁ", "\u0958" * 8,
     ],
 )  # fmt: skip
@@ -190,7 +186,8 @@ def test_composed_and_decomposed_spellings_are_one_password(service: Service) ->
     [
         ("", "8 characters"), ("7 chars", "8 characters"), ("🐴" * 7, "8 characters"),
         ("e\u0301" * 7, "8 characters"), ("a" * 73, "72 bytes"), ("я" * 37, "72 bytes"),
-        ("🐴" * 19, "72 bytes"), ("a" * 1024, "72 bytes"), ("a" * 15000, "1024 characters"), ("good but \ud800", "valid string"),
+        ("🐴" * 19, "72 bytes"), ("a" * 1024, "72 bytes"), ("a" * 15000, "72 bytes"),
+        ("nul\0nul\0nul", "has a NUL"), (8 * "\0", "has a NUL"), ("good but \ud800", "valid string"),
         (12345678, "valid string"), (None, "valid string"), (["correct", "horse"], "valid string"),
         ({"password": "correct horse"}, "valid string"), (True, "valid string"),
     ],
@@ -211,16 +208,6 @@ def test_a_password_that_cannot_be_kept_is_422(
     expected = 401 if message == "8 characters" else 422
     answer = service.http.post("/auth/login", content=body, headers=headers)
     assert answer.status_code == expected
-
-
-@pytest.mark.parametrize("password, twin", [("\0" * 8, ""), ("ab\0ab\0ab", "ab")])
-def test_a_nul_does_not_begin_the_password_again(
-    service: Service, password: str, twin: str
-) -> None:
-    email = fresh_email()
-    assert service.register(email, password).status_code == 201
-    assert service.login(email, twin).status_code == 401
-    assert service.login(email, password).status_code == 200
 
 
 def test_all_72_bytes_count(service: Service) -> None:
@@ -599,140 +586,6 @@ def test_other_paths_and_methods(
     assert say(service, method, path)[0] == expected
 
 
-def test_an_upgrade_to_another_protocol_is_not_taken_up(service: Service) -> None:
-    """Sent behind a login that is still being hashed, on the same connection."""
-    first = (
-        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%s" % (len(GOOD), GOOD)
-    )
-    second = (
-        b"GET /auth/me HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-    )
-    for _ in range(3):
-        with socket.create_connection(
-            ("127.0.0.1", service.port), timeout=10
-        ) as client:
-            client.sendall(first + second)
-            answers = client.makefile("rb")
-            assert answers.readline().split()[1] in {b"200", b"401"}
-    assert service.login(fresh_email()).status_code == 401
-    assert "Traceback" not in service.log
-
-
-def chunked(line: str) -> bytes:
-    """The head of a request in chunks, which may follow."""
-    version = "" if "HTTP/1.1" in line else " HTTP/1.1"
-    head = f"{line}{version}\r\nHost: x\r\nContent-Type: {JSON}\r\n"
-    return f"{head}Transfer-Encoding: chunked\r\n\r\n".encode()
-
-
-@pytest.mark.parametrize(
-    ("line", "body", "status"),
-    [
-        ("POST /nope", b"", 404),
-        ("PUT /auth/login", b"", 405),
-        ("GET /auth/me", b"", 401),
-        ("GET /docs", b"", 200),
-        ("POST /auth/login", b"4444\r\n" + 0x4444 * b" " + b"\r\n", 413),
-        ("POST /auth/login", b"2\r\n{}\r\n0\r\n\r\n", 422),
-        ("GET /auth/me HTTP/1.1\r\nContent-Length: 99999", b"", 413),
-    ],
-)
-def test_a_chunked_request_is_the_last_of_its_connection(
-    service: Service, line: str, body: bytes, status: int
-) -> None:
-    """Nobody reads on in a body that may have no end, or stumbles over its next chunk."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
-        client.sendall(chunked(line) + body)
-        answer = http.client.HTTPResponse(client)
-        answer.begin()
-        assert (answer.status, answer.getheader("connection")) == (status, "close")
-        try:
-            client.sendall(b"no chunk\r\n")
-            client.makefile("rb").read()  # to the end, which the service has made
-        except ConnectionError:
-            pass  # the same, to a client that had not finished
-    assert "Traceback" not in service.log
-
-
-@pytest.mark.parametrize("chunks", [b"no chunk\r\n", b"2\r\n{}no", b"0\r\nno\r\n\r\n"])
-@pytest.mark.parametrize(
-    "line",
-    [
-        "GET /nope",
-        "GET /auth/me",
-        "GET /docs",
-        "PUT /auth/login",
-        "POST /auth/login",
-        "POST /auth/login HTTP/1.1\r\nContent-Length: 99999",
-    ],
-)
-def test_a_bad_chunk_that_comes_with_its_request(
-    service: Service, line: str, chunks: bytes
-) -> None:
-    before = service.log.count("Invalid HTTP request received")
-    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as client:
-        client.sendall(chunked(line) + chunks)
-        answer = client.makefile("rb").read()
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    service.http.get("/")  # which comes behind it in the log
-    assert service.log.count("Invalid HTTP request received") == before + 1
-    assert "Traceback" not in service.log
-
-
-LARGE = b"GET /auth/me/?%s HTTP/1.1\r\nHost: x\r\n" % (15_000 * b"x")  # and sent back
-
-
-@pytest.mark.parametrize(
-    "last",
-    [
-        b"POST /auth/login HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-        b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
-        % (len(GOOD), GOOD),
-        LARGE + b"Connection: close\r\n\r\n",
-    ],
-    ids=["login", "large"],
-)
-def test_bytes_that_are_no_request_behind_a_client_that_does_not_read(
-    database: str, last: bytes
-) -> None:
-    """uvicorn's own refusal waits for the reader, or meets an answer that waits for him."""
-
-    def answers_unread(service: Service, requests: int, end: bytes = b"") -> int:
-        """The requests answered to a client that reads none of it."""
-        before = service.log.count("GET /auth/me/")
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-            client.settimeout(2)
-            client.connect(("127.0.0.1", service.port))
-            try:
-                for _ in range(requests):
-                    client.sendall(LARGE + b"\r\n")
-                    time.sleep(0.001)
-            except TimeoutError:
-                pass  # no more fits
-            time.sleep(0.1)
-            if end:
-                client.sendall(end)
-                time.sleep(0.03)  # in which the login is begun
-                client.sendall(b"x")
-                time.sleep(0.4)  # in which it is over
-        return service.log.count("GET /auth/me/") - before
-
-    with Service(database, BCRYPT_ROUNDS="11") as service:
-        # How many answers just fit differs from time to time: up to it and back again.
-        requests = answers_unread(service, 2000) - 5
-        for tries in range(1, 51):
-            answered = answers_unread(service, requests, last)
-            requests = requests + 1 if answered >= requests else answered - 5
-            assert "Traceback" not in service.log
-            met = "Invalid HTTP request" in service.log
-            if tries >= 6 and met:
-                break
-        assert met
-
-
 @pytest.mark.parametrize(("size", "status"), [(0, 401), (5_000_000, 413)])
 def test_a_body_of_known_length_keeps_its_connection(
     service: Service, size: int, status: int
@@ -749,42 +602,15 @@ def test_a_body_of_known_length_keeps_its_connection(
     connection.close()
 
 
-GONE = """
-import asyncio
-from main import harden
-
-async def app(scope, receive, send):
-    await send({"type": "http.response.start", "status": 422, "headers": []})
-
-async def send(message):
-    raise RuntimeError("the handler is closed")
-
-asyncio.run(harden(app)({"type": "http"}, None, send))
-"""
-
-
-def test_an_answer_to_a_client_that_has_gone_is_no_error(database: str) -> None:
-    """As uvloop words it, if that is installed: the rest of asyncio says nothing."""
-    done = run("python", "-c", GONE, database=database)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_more_connections_than_the_system_gives(database: str) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
-    try:
-        service = Service(database)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    with service, ExitStack() as stack:
-        for _ in range(120):
-            idle = socket.create_connection(("127.0.0.1", service.port), timeout=10)
-            stack.enter_context(idle)
-        time.sleep(0.5)
-        stack.close()
-        assert service.login(fresh_email()).status_code == 401
-        assert "socket.accept() out of system resource" in service.log
-        assert "Traceback" not in service.log
+@pytest.mark.parametrize("path", ["/auth/me/", "/auth/login/", "/auth/register/"])
+@pytest.mark.parametrize("method", ["GET", "POST"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "elsewhere.example", "a/b?c", ""])
+def test_a_slash_too_many_leads_nowhere(
+    service: Service, method: str, path: str, host: str
+) -> None:
+    status, headers, body = say(service, method, path, Host=host)
+    assert (status, json.loads(body)) == (404, {"detail": "Not Found"})
+    assert "location" not in headers
 
 
 def test_headers_have_a_limit(service: Service) -> None:
@@ -801,22 +627,78 @@ def test_headers_have_a_limit(service: Service) -> None:
 # --- The contract
 
 
-def test_openapi_names_every_status_and_the_bearer_scheme(service: Service) -> None:
-    document = service.http.get("/openapi.json").json()
-    statuses = {
-        path: set(next(iter(r.values()))["responses"])
-        for path, r in document["paths"].items()
-    }
-    assert statuses == {
+@pytest.fixture(scope="module")
+def document(service: Service) -> dict[str, Any]:
+    """The OpenAPI document."""
+    return service.http.get("/openapi.json").json()
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the document says about each path's one method."""
+    return {path: next(iter(r.values())) for path, r in document["paths"].items()}
+
+
+def test_the_openapi_document_is_valid(document: dict[str, Any]) -> None:
+    validate(document)
+
+
+def test_openapi_names_every_status_and_the_bearer_scheme(
+    service: Service, document: dict[str, Any]
+) -> None:
+    routes = operations(document)
+    assert {path: set(route["responses"]) for path, route in routes.items()} == {
         "/auth/register": {"201", "400", "409", "413", "422", "503"},
         "/auth/login": {"200", "400", "401", "413", "422", "503"},
         "/auth/me": {"200", "401", "413", "503"},
     }
-    assert document["components"]["securitySchemes"] == {
-        "HTTPBearer": {"type": "http", "scheme": "bearer"}
-    }
-    assert document["paths"]["/auth/me"]["get"]["security"] == [{"HTTPBearer": []}]
+    scheme = document["components"]["securitySchemes"]["BearerToken"]
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    assert document["components"]["securitySchemes"].keys() == {"BearerToken"}
+    assert routes["/auth/me"]["security"] == [{"BearerToken": []}]
     assert service.http.get("/docs").status_code == 200
+
+
+def test_openapi_is_fit_for_generated_clients(document: dict[str, Any]) -> None:
+    routes, schemas = operations(document), document["components"]["schemas"]
+    for path, route in routes.items():
+        assert route["operationId"] == path.removeprefix("/auth/")
+        assert route["tags"] == ["auth"]
+        assert "content" not in route["responses"]["413"]  # it is plain text
+    answer = routes["/auth/login"]["responses"]["200"]["content"]["application/json"]
+    token = schemas[answer["schema"]["$ref"].rpartition("/")[2]]
+    assert set(token["required"]) == {"access_token", "token_type", "expires_in"}
+
+
+def test_the_examples_are_accepted(
+    service: Service, database: str, document: dict[str, Any]
+) -> None:
+    examples = {}
+    for path, route in operations(document).items():
+        if body := route.get("requestBody"):
+            model = body["content"]["application/json"]["schema"]["$ref"]
+            fields = document["components"]["schemas"][model.rpartition("/")[2]]
+            examples[path] = {
+                name: field["examples"][0]
+                for name, field in fields["properties"].items()
+            }
+    new, known = examples["/auth/register"], examples["/auth/login"]
+    sql(database, "DELETE FROM users WHERE email = %s", new["email"])
+    assert service.http.post("/auth/register", json=new).status_code == 201
+    assert service.http.post("/auth/login", json=known).status_code == 200
+
+
+def test_a_422_is_as_documented(service: Service, document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for path in ("/auth/register", "/auth/login"):
+        shown = operations(document)[path]["responses"]["422"]["content"]
+        model = shown["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        refused = service.http.post(path, json={}).json()
+        assert refused.keys() == schemas[model]["properties"].keys()
+        field = schemas[model]["properties"]["detail"]["items"]["$ref"].rpartition("/")[
+            2
+        ]
+        for problem in refused["detail"]:
+            assert problem.keys() == schemas[field]["properties"].keys()
 
 
 def test_schemathesis_finds_nothing(
@@ -847,30 +729,28 @@ def test_each_registration_and_login_is_one_line_in_the_log(
     service.register(email)
     service.login(email, "wrong password")
     service.login(email)
-    assert list(lines_about(service, email)) == [
-        f"INFO:     registered: '{email}' as {user_id}",
-        f"INFO:     registration refused, taken: '{email}'",
-        f"INFO:     login refused: '{email}'",
+    said = list(lines_about(service, email))
+    assert all(datetime.fromisoformat(line[:23]) for line in said)
+    assert [line[24:] for line in said] == [
+        f"INFO registered: '{email}' as {user_id}",
+        f"INFO registration refused, taken: '{email}'",
+        f"INFO login refused: '{email}'",
     ]
-    assert list(lines_about(service, f"logged in: {user_id}")) == [
-        f"INFO:     logged in: {user_id}"
-    ]
+    (said,) = lines_about(service, f"logged in: {user_id}")
+    assert said[24:] == f"INFO logged in: {user_id}"
 
 
 def test_no_line_of_the_log_can_be_forged(service: Service) -> None:
     for forger in (
-        "a\nINFO:     logged in: forged@example.com",
+        "a\n2026-11-24 17:30:53,308 INFO logged in: forged@example.com",
         "a\r\u2028\x85\x1b[2Jforged@example.com",
     ):
         assert service.register(forger).status_code == 422
         assert service.login(forger).status_code == 422
     say(service, "GET", "/auth/me%0aINFO:%20forged%0d?x=%0aforged")
     say(service, "GET", "/auth/me", Authorization="Bearer forged", User_Agent="forged")
-    say(service, "GET", "/auth/me", X_Forwarded_For="1.2.3.4\x1b[2J\x85forged-address")
-    said = [line for line in lines_about(service, "forged") if line.isprintable()]
-    assert len(said) == 2
-    assert '"GET /auth/me%0AINFO' in said[0]
-    assert said[1].startswith("INFO:     1.2.3.4\\x1b[2J\\x85forged-address:0 - ")
+    (said,) = lines_about(service, "forged")
+    assert '"GET /auth/me%0AINFO' in said
     assert all(line.isprintable() for line in service.log.split("\n"))
 
 
