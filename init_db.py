@@ -49,7 +49,7 @@ def init_db() -> None:
 if __name__ == "__main__":
     try:
         for name in sys.argv[1:]:
-            import_module(name.removesuffix(".py"))
+            import_module(Path(name).stem)
         init_db()
     except (exc.DBAPIError, ImportError, ValueError) as error:
         said = str(getattr(error, "orig", error)).partition("\n")[0]

@@ -86,7 +86,6 @@ class Base(DeclarativeBase): ...
 class User(Base):
     __tablename__ = "users"
 
-    # Random, not 1, 2, 3: when the table is made anew, no old token names a new user.
     id: Mapped[UUID] = mapped_column(
         primary_key=True, server_default=func.gen_random_uuid()
     )
@@ -115,11 +114,15 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 
 async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> Any:
-    """Run a statement, commit it unless in a transaction. Gives a row, a User or None."""
-    if session.bind is not engine or session.in_transaction():  # a test's, or begun
-        return await session.scalar(statement, values)
-    async with autocommit_engine.connect() as one:  # a session takes a fifth longer
-        return (await one.execute(statement, values)).one_or_none()
+    """The user whom a statement returns, as a row, or None. What it writes is saved."""
+    begun = session.in_transaction()
+    if session.bind is engine and not begun:  # else yours has begun, or it is a test's
+        async with autocommit_engine.connect() as one:
+            return (await one.execute(statement, values)).one_or_none()
+    row = (await (await session.connection()).execute(statement, values)).one_or_none()
+    if not begun:
+        await session.commit()
+    return row
 
 
 # --- Passwords: bcrypt ------------------------------------------------------------
@@ -165,7 +168,7 @@ class Registration(Credentials):
     password: Password = Field(min_length=8, examples=["correct horse"])
 
 
-class UserOut(BaseModel, from_attributes=True):
+class UserOut(BaseModel, from_attributes=True, frozen=True):
     id: UUID
     email: str
     is_active: bool
@@ -247,8 +250,7 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """422, without what was sent: no password comes back, or into a traceback."""
     for problem in (problems := error.errors()):
-        problem.pop("input", None)
-        problem.pop("ctx", None)
+        problem.pop("input", problem.pop("ctx", None))  # both
     return JSONResponse({"detail": problems}, 422)
 
 
@@ -275,10 +277,8 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
     if user is None:
         log.info("registration refused, taken: %a", new.email)
         raise HTTPException(409, "Email already registered")
-    answer = UserOut.model_validate(user)
-    await session.commit()  # only a test's session has not, yet
-    log.info("registered: %a as %s", answer.email, answer.id)
-    return answer
+    log.info("registered: %a as %s", user.email, user.id)
+    return UserOut.model_validate(user)
 
 
 @app.post("/auth/login", tags=TAGS, responses=BODY | {401: PROBLEM})
