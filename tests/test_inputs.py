@@ -187,7 +187,7 @@ def test_composed_and_decomposed_spellings_are_one_password(service: Service) ->
         ("", "8 characters"), ("7 chars", "8 characters"), ("🐴" * 7, "8 characters"),
         ("e\u0301" * 7, "8 characters"), ("a" * 73, "72 bytes"), ("я" * 37, "72 bytes"),
         ("🐴" * 19, "72 bytes"), ("a" * 1024, "72 bytes"), ("a" * 15000, "72 bytes"),
-        ("nul\0nul\0nul", "has a NUL"), (8 * "\0", "has a NUL"), ("good but \ud800", "valid string"),
+        ("nul\0nul\0nul", "has a NUL"), (8 * "\0", "has a NUL"), ("good but \ud800", "surrogates not allowed"),
         (12345678, "valid string"), (None, "valid string"), (["correct", "horse"], "valid string"),
         ({"password": "correct horse"}, "valid string"), (True, "valid string"),
     ],
