@@ -940,7 +940,10 @@ async def test_session_of_another_engine(overrides, email, expire):
 
     overrides[get_session] = their_session
     async with over_http() as client:
-        await all_three(client, email)
+        token = await all_three(client, email)
+        # The check has left the session as the service's own is left: without a transaction.
+        ask = dict(params={"mark": email[:8]}, headers=token)
+        assert (await client.post("/with_user/begin", **ask)).status_code == 200
     assert (saved(THEIRS, email), saved(os.environ["DATABASE_URL"], email)) == (1, 0)
 
 
@@ -953,10 +956,7 @@ async def test_session_maker_on_the_engine_of_the_service(overrides, email):
 
     overrides[get_session] = their_session
     async with over_http() as client:
-        token = await all_three(client, email)
-        # The check has left the session as the service's own is left: without a transaction.
-        ask = dict(params={"mark": email[:8]}, headers=token)
-        assert (await client.post("/with_user/begin", **ask)).status_code == 200
+        await all_three(client, email)
     assert saved(os.environ["DATABASE_URL"], email) == 1
     await engine.dispose()
 
