@@ -104,7 +104,7 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
-    session = AsyncSession(engine, expire_on_commit=False)
+    session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
     async with asyncio.timeout(14):  # closing a hung connection may add 10
         try:
             yield session
