@@ -1027,6 +1027,7 @@ def test_two_clients_one_after_the_other(email):
     for turn in "12":
         with TestClient(app) as client:
             all_three_in_turn(client, turn + email)
+        assert engine.pool.checkedin() == 0  # no connection is left for the next loop
 
 
 def test_client_with_a_loop_for_each_request(email):
