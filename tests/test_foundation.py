@@ -107,7 +107,7 @@ async def stream(user: CurrentUser, session: SessionDep) -> StreamingResponse:
     first = await session.scalar(text("SELECT 'first'"))
 
     async def lines() -> AsyncIterator[str]:
-        yield first
+        yield f"{first}, {engine.pool.checkedout()} connections taken,"
         async with AsyncSession(engine) as own:
             rows = await own.stream_scalars(text("SELECT generate_series(1, 5000)"))
             async for number in rows:
@@ -811,8 +811,9 @@ def test_a_dependency_that_writes_afterwards(
 
 def test_a_stream_goes_on_without_the_session(service: Service, ann: Account) -> None:
     """It reads by a session of its own, when the request's is closed."""
+    begun = "first, 0 connections taken,"
     answer = service.http.get("/stream", headers=ann.headers)
-    assert answer.text == " ".join(["first", *map(str, range(1, 5001))])
+    assert answer.text == " ".join([begun, *map(str, range(1, 5001))])
 
 
 def test_a_background_task(service: Service, database: str, ann: Account) -> None:
