@@ -116,6 +116,17 @@ async def stream(user: CurrentUser, session: SessionDep) -> StreamingResponse:
     return StreamingResponse(lines())
 
 
+@app.get("/stream-by-the-session")
+async def stream_by_the_session(session: SessionDep) -> StreamingResponse:
+    first = await session.scalar(text("SELECT 'first'"))
+
+    async def lines() -> AsyncIterator[str]:
+        yield first
+        yield await session.scalar(text("SELECT 'second'"))
+
+    return StreamingResponse(lines())
+
+
 @app.post("/later")
 async def later(mark: str, user: CurrentUser, tasks: BackgroundTasks) -> None:
     async def write() -> None:
@@ -816,6 +827,15 @@ def test_a_stream_goes_on_without_the_session(service: Service, ann: Account) ->
     assert answer.text == " ".join([begun, *map(str, range(1, 5001))])
 
 
+def test_a_stream_by_the_closed_session(service: Service) -> None:
+    """It fails loudly, instead of keeping a connection that nobody gives back."""
+    since = len(service.log)
+    with pytest.raises(httpx.RemoteProtocolError):
+        service.http.get("/stream-by-the-session")
+    said = "This Session has been permanently closed"
+    assert said in logged(service, since, said)
+
+
 def test_a_background_task(service: Service, database: str, ann: Account) -> None:
     """It runs after the answer, with a session of its own."""
     mark = secrets.token_hex(4)
@@ -920,6 +940,8 @@ async def all_three(client, email):
     token = {"Authorization": "Bearer " + login.json()["access_token"]}
     me = await client.get("/auth/me", headers=token)
     assert (me.status_code, me.json()) == (200, registered.json())
+    ask = dict(params={"mark": email}, headers=token)
+    assert (await client.post("/with_user/begin", **ask)).is_success
     return token
 
 
