@@ -131,18 +131,39 @@ def token(service: Crowded) -> str:
 
 
 @pytest.fixture(scope="module")
-def commands(door: Neon) -> Iterator[dict[str, Future[CompletedProcess[str]]]]:
-    """`python init_db.py` in every situation, run while other tests wait for something."""
-    made = {}
+def background() -> Iterator[ThreadPoolExecutor]:
+    """Where programs that are slow to start do so while other tests wait for something."""
     with ThreadPoolExecutor(2) as background:
-        for name, situation in SITUATIONS.items():
-            endpoint = door.add(f"ep-{name}")
-            for attribute, value in situation.endpoint.items():
-                setattr(endpoint, attribute, value)
-            url = pooled(door, f"ep-{name}", **situation.url)
-            command = "nice", "python", "init_db.py"
-            made[name] = background.submit(run, *command, database=url)
-        yield made
+        yield background
+
+
+@pytest.fixture(scope="module")
+def four_processes(
+    door: Neon, background: ThreadPoolExecutor
+) -> Iterator[Future[Crowded]]:
+    """The service as four processes, before the endpoint `ep-whole-path`."""
+    door.add("ep-whole-path")
+    url = pooled(door, "ep-whole-path")
+    starting = background.submit(Crowded, url, "--workers", "4")
+    yield starting
+    with starting.result():
+        pass  # now it ends, and its log is checked
+
+
+@pytest.fixture(scope="module")
+def commands(
+    door: Neon, background: ThreadPoolExecutor
+) -> dict[str, Future[CompletedProcess[str]]]:
+    """`python init_db.py` in every situation."""
+    made = {}
+    for name, situation in SITUATIONS.items():
+        endpoint = door.add(f"ep-{name}")
+        for attribute, value in situation.endpoint.items():
+            setattr(endpoint, attribute, value)
+        url = pooled(door, f"ep-{name}", **situation.url)
+        command = "nice", "python", "init_db.py"
+        made[name] = background.submit(run, *command, database=url)
+    return made
 
 
 def everything(service: Crowded, token: str, new: str) -> list[httpx.Response]:
@@ -211,16 +232,16 @@ def served(
 
 
 # --- Asleep -----------------------------------------------------------------------
-def test_wake_ups(
-    door: Neon, token: str, commands: dict[str, Future[CompletedProcess[str]]]
-) -> None:
+@pytest.mark.usefixtures("four_processes", "commands")  # which start meanwhile
+def test_wake_ups(door: Neon, service: Crowded, token: str) -> None:
     """A wake-up of up to nine seconds is waited for; one of twelve is a 503 that says so."""
     seconds = (0.5, 4, 9, 12)
-    names = [f"ep-sleeper-{number}" for number in range(len(seconds))]
+    names = [NAME, "ep-sleeper-1", "ep-sleeper-2", "ep-sleeper-3"]
     with ExitStack() as stack, ThreadPoolExecutor() as crowd:
-        endpoints = [door.add(name) for name in names]
-        urls = [pooled(door, name) for name in names]
-        services = [stack.enter_context(s) for s in crowd.map(Crowded, urls)]
+        endpoints = [door.endpoints[NAME], *(door.add(name) for name in names[1:])]
+        urls = [pooled(door, name) for name in names[1:]]
+        started = [stack.enter_context(s) for s in crowd.map(Crowded, urls)]
+        services = [service, *started]
         for endpoint, wakes_in in zip(endpoints, seconds, strict=True):
             door.suspend(endpoint, wakes_in)
         new = [f"{name}@example.com" for name in names]
@@ -317,7 +338,8 @@ def test_one_statement_and_one_round_trip_per_request(
         assert wire.round_trips - trips == len(statements)
         return statements
 
-    assert service.me(token).is_success  # on a connection that may be new
+    for _ in range(20):  # the pool's size: each of its connections may be closed by now
+        assert service.me(token).is_success
     opened = door.endpoints[NAME].opened
     for turn in range(5):
         assert cost(service.register, f"trip-{turn}@example.com") == ["INSERT"]
@@ -326,17 +348,14 @@ def test_one_statement_and_one_round_trip_per_request(
     assert door.endpoints[NAME].opened == opened
 
 
-def test_whole_path(door: Neon, token: str) -> None:
+def test_whole_path(door: Neon, token: str, four_processes: Future[Crowded]) -> None:
     """psql, a thousand mixed requests to four processes, and a pooler that crashes meanwhile."""
-    endpoint = door.add("ep-whole-path")
-    url = pooled(door, "ep-whole-path")
+    endpoint, url = door.endpoints["ep-whole-path"], pooled(door, "ep-whole-path")
     verified = run(system_postgres() / "psql", url, "-f", "verify.sql")
     assert verified.returncode == 0, verified.stderr
     assert "users_email_key" in verified.stdout
-    with (
-        Pooler(door.compute) as pooler,
-        Crowded(url, "--workers", "4") as service,
-    ):
+    service = four_processes.result()
+    with Pooler(door.compute) as pooler:
         endpoint.pooler_port = pooler.port
         until(lambda: service.log.count("Application startup complete") == 4)
 
