@@ -116,9 +116,7 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> Any:
     """The user whom a statement returns, as a row, or None. What it writes is saved."""
     begun = session.in_transaction()
-    if (
-        session.bind is engine and not begun
-    ):  # else your transaction, or a test's engine
+    if session.bind is engine and not begun:  # else yours, or a test's engine
         async with autocommit_engine.connect() as one:
             return (await one.execute(statement, values)).one_or_none()
     row = (await (await session.connection()).execute(statement, values)).one_or_none()
@@ -147,7 +145,7 @@ def normalize_password(password: Any) -> Any:
 
 
 async def hash_password(password: str, salt: str = "") -> str:
-    """The bcrypt hash, with the salt of a known hash if given. 503 if the queue is full."""
+    """The bcrypt hash, with the salt of another if given. 503 if the queue is full."""
     if places.locked():
         raise HTTPException(503, "Too many logins, try again", {"Retry-After": "5"})
     salted = salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
