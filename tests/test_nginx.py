@@ -337,7 +337,7 @@ def test_bodies_that_never_end_are_few(
             connection = stack.enter_context(nginx.connection(address))
             connection.sendall(head("GET /auth/me", "Content-Length: 9999"))
             slow.append(connection)
-        for served in range(20):  # the last of them may come to nginx a little later
+        for served in range(60):  # the last of them may come to nginx a little later
             for connection in slow:
                 connection.sendall(b" ")
             refused = client.get("/auth/me")

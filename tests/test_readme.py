@@ -217,7 +217,8 @@ OF_OTHERS = {  # names in the prose that are neither the project's nor uvicorn's
     "rm -f .neon .env.neon", "channel_binding=disable", "sslsni=0", "?options=-c...",
     "ALTER ROLE ... SET", "python -m pip freeze > requirements.lock", "Failed to fetch",
     "pip install uvloop httptools", "DATABASE_URL='postgresql://user:password@host/database'",
-    "dependency_overrides[get_session]", "uvicorn cors:app",
+    "dependency_overrides[get_session]", "uvicorn cors:app", "MissingGreenlet",
+    "selectinload", "postgres://",
     "apt-get install chromium nginx-light npm openssl pgbouncer postgresql", "&", "?", "@", quote("@"), "/", quote("/", safe=""), "%", quote("%"), "-pooler",
 }  # fmt: skip
 
