@@ -86,7 +86,7 @@ NEON_COMMANDS = [
     "-y neon@latest connection-string --pooled",
     "-y neon@latest claim create --file .env.neon",
 ]
-NEW_DATABASE = "python init_db.py\nalembic stamp head"
+NEW_DATABASE = "python init_db.py notes\nalembic stamp head"
 
 
 def test_only_neon_s_commands_are_stood_in_for() -> None:
