@@ -214,11 +214,6 @@ class Reader:
         for example in document.examples():
             example.evaluate()
 
-    def begin_again(self) -> None:
-        """Close the terminals and open a new one."""
-        self.close()
-        self.terminals = [self.terminal()]
-
     def evaluate(self, example: Example) -> str | None:
         """What is wrong with a block, if anything is. In Sybil's words, an evaluator."""
         block: Block = example.parsed

@@ -380,5 +380,5 @@ def test_whole_path(door: Neon, token: str, four_processes: Future[Crowded]) -> 
             until(lambda: len(load.seen) >= 1000)
         seen = Counter(load.seen)
         assert seen.keys() <= {200, 201, 503}
-        assert seen[503] in range(1, 3 * 8), "more than those in flight"
+        assert seen[503] < 3 * 8, "more than those in flight"
         assert all_can_log_in(service, load.acknowledged)

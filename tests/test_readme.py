@@ -46,13 +46,10 @@ def ports() -> None:
 
 
 @pytest.mark.usefixtures("ports")
-def test_the_two_one_liners(empty_database: str) -> None:
-    # One of the tests stands for them all: this one would start itself again.
-    with reader(empty_database, PYTEST_ADDOPTS="-k test_the_whole_path") as someone:
+def test_try_it(empty_database: str) -> None:
+    with reader(empty_database) as someone:
         someone.follow(only(TRY_IT))
-        someone.begin_again()
-        someone.follow(only(TESTS))
-    assert_every_word_counts(someone, only(TRY_IT) + only(TESTS))
+    assert_every_word_counts(someone, only(TRY_IT))
 
 
 @pytest.mark.usefixtures("ports")
