@@ -9,7 +9,7 @@ from sqlalchemy import create_engine, exc, inspect, text
 
 # main.py reads every setting; this command needs DATABASE_URL alone.
 os.environ.update(JWT_SECRET=32 * "x", ACCESS_TOKEN_MINUTES="1", BCRYPT_ROUNDS="4")
-from main import CONNECT_ARGS, Base, engine
+from main import CONNECT_ARGS, REMEDIES, Base, engine
 
 PARTS = text(r"""WITH t AS (SELECT oid AS id, relname FROM pg_class
     WHERE relname = ANY(:names) AND pg_table_is_visible(oid))  -- in the database's own words
@@ -35,13 +35,12 @@ def init_db() -> None:
         moment = db.begin_nested()  # the models as temporary tables, to compare with
         db.execution_options(schema_translate_map={t.schema: "pg_temp" for t in tables})
         Base.metadata.create_all(db, checkfirst=False)
-        model = {part: words for part, words in db.execute(PARTS, names)}
+        want = {part: words for part, words in db.execute(PARTS, names)}
         moment.rollback()
-        has = dict.fromkeys(model, "absent") | has
-        model = {p: "absent" for p in has if has[p].endswith("NOT NULL")} | model
-        wrong = [f"{p} is {has[p]}, not {w}" for p, w in model.items() if has[p] != w]
-        if wrong:
-            raise ValueError(f"not as the model has it: {'; '.join(wrong)}")
+        has = dict.fromkeys(want, "absent") | has
+        want = {p: "absent" for p in has if has[p].endswith("NOT NULL")} | want
+        if bad := [f"{p} is {has[p]}, not {w}" for p, w in want.items() if has[p] != w]:
+            raise ValueError(f"not as the model has it: {'; '.join(bad)}")
     for table in tables:
         print(f"{table.name}: {'already there' if table in there else 'created'}")
 
@@ -53,6 +52,7 @@ if __name__ == "__main__":
         init_db()
     except (exc.DBAPIError, ImportError, ValueError) as error:
         said = str(getattr(error, "orig", error)).partition("\n")[0]
+        said += "".join(f"; {REMEDIES[words]}" for words in REMEDIES if words in said)
         print(f"error: no tables created at {engine.url.host}: {said}", file=sys.stderr)
         sys.exit(3)
     for file in Path(__file__).parent.glob("*.py"):

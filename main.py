@@ -14,6 +14,7 @@ from uuid import UUID
 
 import bcrypt
 import jwt
+import pydantic
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.requests import HTTPConnection
@@ -21,13 +22,10 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from psycopg.errors import ReadOnlySqlTransaction, UndefinedTable
 from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
-from pydantic.main import create_model
-from pydantic_core import ValidationError
 from sqlalchemy import DateTime, bindparam, exc, func, select, true
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("auth")
@@ -48,7 +46,7 @@ class Settings(BaseModel):  # a description says what is wrong, and what to do
 
 try:
     settings = Settings.model_validate(dict(os.environ))
-except ValidationError as error:
+except pydantic.ValidationError as error:
     for name in [str(problem["loc"][0]) for problem in error.errors()]:
         print("error:", name, Settings.model_fields[name].description, file=sys.stderr)
     sys.exit(3)  # as uvicorn when it cannot start: --workers ends too
@@ -64,8 +62,7 @@ def look_at_socket(connection: Any) -> bool:
 
 # Seconds; and no prepared statements, for a pooler may switch connections.
 CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
-# For the service's own statements: each commits itself, in one round trip.
-autocommit_engine = create_async_engine(
+autocommit_engine = create_async_engine(  # the service's own: each statement commits
     settings.DATABASE_URL,
     isolation_level="AUTOCOMMIT",
     skip_autocommit_rollback=True,
@@ -80,21 +77,19 @@ setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
 engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
 
 
-class Base(DeclarativeBase): ...
+class Base(DeclarativeBase):
+    type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012
 
 
 class User(Base):
     __tablename__ = "users"
-
     id: Mapped[UUID] = mapped_column(
         primary_key=True, server_default=func.gen_random_uuid()
     )
     email: Mapped[str] = mapped_column(unique=True)
     hashed_password: Mapped[str]
     is_active: Mapped[bool] = mapped_column(server_default=true())
-    created_at: Mapped[datetime] = mapped_column(
-        DateTime(timezone=True), server_default=func.now()
-    )
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 ADD_USER = insert(User).on_conflict_do_nothing().returning(User)
@@ -113,15 +108,15 @@ async def get_session() -> AsyncIterator[AsyncSession]:
                 await asyncio.shield(session.close())
 
 
-async def fetch_user(session: AsyncSession, statement: Any, **values: Any) -> Any:
-    """The user whom a statement returns, as a row, or None. What it writes is saved."""
+def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
+    """For run_sync: the user whom a statement returns, or None. Its writes are saved."""
     begun = session.in_transaction()
-    if session.bind is engine and not begun:  # else yours, or a test's engine
-        async with autocommit_engine.connect() as one:
-            return (await one.execute(statement, values)).one_or_none()
-    row = (await (await session.connection()).execute(statement, values)).one_or_none()
+    if session.bind is engine.sync_engine and not begun:  # else yours, or a test's
+        with autocommit_engine.sync_engine.connect() as one:
+            return one.execute(statement, values).one_or_none()
+    row = session.connection().execute(statement, values).one_or_none()
     if not begun:
-        await session.commit()
+        session.commit()
     return row
 
 
@@ -221,7 +216,7 @@ CurrentUserId = Annotated[UUID, Depends(get_current_user_id)]
 
 async def get_current_user(user_id: CurrentUserId, session: SessionDep) -> UserOut:
     """The active user whom the access token names. Raises 401 if there is none."""
-    if user := await fetch_user(session, USER_BY_ID, id=user_id):
+    if user := await session.run_sync(fetch_user, USER_BY_ID, id=user_id):
         return UserOut.model_validate(user)
     raise unauthorized("Invalid access token", "invalid_token")
 
@@ -230,20 +225,24 @@ CurrentUser = Annotated[UserOut, Depends(get_current_user)]
 
 
 # --- Application and its errors ---------------------------------------------------
-PROBLEM: dict[str, Any] = {"model": create_model("Problem", detail=str)}
-FIELD = create_model("Field", type=str, loc=list[str | int], msg=str)
-INVALID = {"model": create_model("Invalid", detail=list[FIELD])}  # type: ignore
-BODY: dict[int | str, dict[str, Any]] = {400: PROBLEM, 422: INVALID}
-TAGS: Any = ["auth"]
+TEXT: dict[str, Any] = {"model": pydantic.create_model("Error", detail=str)}
+FIELD = pydantic.create_model("Field", type=str, loc=list[str | int], msg=str)
+INVALID = {"model": pydantic.create_model("Invalid", detail=list[FIELD])}  # type: ignore
+BAD: dict[int | str, dict[str, Any]] = {400: TEXT, 422: INVALID}
+REMEDIES = {  # for what does not pass by itself, by the words of PostgreSQL and Neon
+    "password authentication failed": "correct it in DATABASE_URL",
+    "failed: endpoint": "see the endpoint and its quotas in Neon's console",
+    "is not allowed to connect": "allow it in Neon's console",
+}
 TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError
 app = FastAPI(
     title="Authentication: register, log in, get an access token, use it",
     on_shutdown=[autocommit_engine.dispose],
+    max_body_size=16 * 1024,  # bytes
     redirect_slashes=False,  # to whatever the Host header says
     generate_unique_id_function=lambda route: route.name,  # for generated clients
-    responses={413: {"description": "Over 16 KiB"}, 503: PROBLEM},
+    responses={413: {"description": "Over 16 KiB"}, 503: TEXT},
 )
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)
@@ -264,16 +263,17 @@ async def unavailable(_: Request, error: Exception) -> JSONResponse:
     elif not isinstance(error, TRANSIENT) and type(cause) is not ReadOnlySqlTransaction:
         raise error
     why = str(cause).partition("\n")[0] or "no answer in time"  # without row values
-    log.error(f"unavailable: {engine.url.host}: {why}; {advice}, or see README.md")
+    remedy = next((REMEDIES[words] for words in REMEDIES if words in why), advice)
+    log.error(f"unavailable: {engine.url.host}: {why}; {remedy}, or see README.md")
     return JSONResponse({"detail": f"Unavailable, {advice}"}, 503, {"Retry-After": "5"})
 
 
 # --- Routes: yours go into a file of their own that says `from main import app` ---
-@app.post("/auth/register", status_code=201, tags=TAGS, responses=BODY | {409: PROBLEM})
+@app.post("/auth/register", status_code=201, tags=["auth"], responses=BAD | {409: TEXT})
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. A password has 8 characters to 72 bytes."""
-    hashed = await hash_password(new.password)  # holds no connection yet
-    user = await fetch_user(session, ADD_USER, email=new.email, hashed_password=hashed)
+    values = {"email": new.email, "hashed_password": await hash_password(new.password)}
+    user = await session.run_sync(fetch_user, ADD_USER, **values)  # connects only now
     if user is None:
         log.info("registration refused, taken: %a", new.email)
         raise HTTPException(409, "Email already registered")
@@ -281,10 +281,10 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
     return UserOut.model_validate(user)
 
 
-@app.post("/auth/login", tags=TAGS, responses=BODY | {401: PROBLEM})
+@app.post("/auth/login", tags=["auth"], responses=BAD | {401: TEXT})
 async def login(who: Credentials, session: SessionDep, response: Response) -> Token:
     """Exchange an email and a password for an access token."""
-    user = await fetch_user(session, USER_BY_EMAIL, email=who.email)
+    user = await session.run_sync(fetch_user, USER_BY_EMAIL, email=who.email)
     known = user.hashed_password if user else NOBODYS_HASH
     if not compare_digest(await hash_password(who.password, known), known) or not user:
         log.info("login refused: %a", who.email)
@@ -294,7 +294,7 @@ async def login(who: Credentials, session: SessionDep, response: Response) -> To
     return issue_token(user.id)
 
 
-@app.get("/auth/me", tags=TAGS, responses={401: PROBLEM})
+@app.get("/auth/me", tags=["auth"], responses={401: TEXT})
 async def me(user: CurrentUser) -> UserOut:
     """The user whom the access token names."""
     return user

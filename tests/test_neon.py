@@ -41,31 +41,35 @@ LOST = "SSL connection has been closed unexpectedly"
 
 @dataclass(frozen=True)
 class Situation:
-    """What is said, how it comes about, and a change to the URL that mends it, if any."""
+    """What is said, how it comes about, what to do, and a change to the URL that mends it."""
 
     text: str
     endpoint: dict[str, Any] = field(default_factory=dict)
     url: dict[str, str] = field(default_factory=dict)
+    remedy: str = ""
     mended: dict[str, str] = field(default_factory=dict)
 
 
-def after(text: str) -> Situation:
+def after(text: str, remedy: str = "") -> Situation:
     """Said in the place of the words that would let the client in."""
-    return Situation(text, {"refusal": text})
+    return Situation(text, {"refusal": text}, remedy=remedy)
 
 
-def before(text: str) -> Situation:
+def before(text: str, remedy: str = "") -> Situation:
     """Said before anybody asks for the password."""
-    return Situation(text, {"refusal": text, "refuses_first": True})
+    return Situation(text, {"refusal": text, "refuses_first": True}, remedy=remedy)
 
 
 FAILED = "Control plane request failed"
+SEE_NEON = "see the endpoint and its quotas in Neon's console"
 SITUATIONS = {
     "wake-up-failed": after(FAILED),
-    "no-such-endpoint": after(f"{FAILED}: endpoint cannot be found"),
+    "no-such-endpoint": after(f"{FAILED}: endpoint cannot be found", SEE_NEON),
+    "disabled": after(f"{FAILED}: endpoint is disabled", SEE_NEON),
     "quota": after(
         f"{FAILED}: endpoint is temporarily unavailable."
         " Check your quotas and/or contact our support.",
+        SEE_NEON,
     ),
     "compute-unreachable": after("Couldn't connect to compute node"),
     "too-many-wake-ups": after("Too many connections attempts"),
@@ -73,10 +77,14 @@ SITUATIONS = {
         "Too many connections to this endpoint. Please try again later."
     ),
     "no-permit": after("Failed to acquire permit to connect to the database"),
-    "address": before("This IP address 127.0.0.1 is not allowed to connect"),
+    "address": before(
+        "This IP address 127.0.0.1 is not allowed to connect",
+        "allow it in Neon's console",
+    ),
     "password": Situation(
         "password authentication failed for user 'postgres'",
         endpoint={"password": "another, since somebody has claimed the database"},
+        remedy="correct it in DATABASE_URL",
     ),
     "silence": Situation(LOST, endpoint={"hangs_up": True}),
     "no-server-name": Situation("Endpoint ID is not specified", url={"sslsni": "0"}),
@@ -184,12 +192,13 @@ def check_words(said: str, host: str, text: str, end: str) -> None:
     assert said.endswith(text + end)
 
 
-def check_command(made: CompletedProcess[str], host: str, text: str) -> None:
+def check_command(made: CompletedProcess[str], host: str, situation: Situation) -> None:
     """The command printed one line that says where it failed and why, and exited with 3."""
     assert (made.returncode, made.stdout) == (3, ""), made.stderr
     (line,) = made.stderr.splitlines()
     assert line.startswith(f"error: no tables created at {host}: ")
-    check_words(line, host, text, "")
+    remedy = situation.remedy and f"; {situation.remedy}"
+    check_words(line, host, situation.text, remedy)
 
 
 def check_unavailable(
@@ -200,14 +209,18 @@ def check_unavailable(
     for answer in everything(service, token, "new@example.com"):
         assert answer.status_code == 503
         assert int(answer.headers["Retry-After"]) > 0
-        assert not any(word in answer.text for word in (situation.text, host, secret))
+        assert not any(
+            word in answer.text
+            for word in (situation.text, host, secret, situation.remedy or secret)
+        )
     until(lambda: service.log[start:].count(" 503") == 3)
     lines = service.log[start:].splitlines()
     assert len(lines) == 6, lines  # uvicorn adds one for each
     reasons = [line for line in lines if f" ERROR unavailable: {host}: " in line]
     assert len(reasons) == 3, lines
     for reason in reasons:
-        check_words(reason, host, situation.text, AGAIN)
+        advice = AGAIN.replace("try again", situation.remedy or "try again")
+        check_words(reason, host, situation.text, advice)
     assert secret not in service.log
 
 
@@ -283,7 +296,7 @@ def test_command_is_refused(
     """One line with the reason, and status 3."""
     made = commands[name].result()
     assert door.compute.password not in made.stderr
-    check_command(made, f"ep-{name}-pooler.{DOMAIN}", SITUATIONS[name].text)
+    check_command(made, f"ep-{name}-pooler.{DOMAIN}", SITUATIONS[name])
 
 
 def test_direct_url_takes_options(door: Neon) -> None:
@@ -321,7 +334,7 @@ def test_host_with_several_addresses(door: Neon, token: str, tmp_path: Path) -> 
         assert nowhere.opened == 3 * 2
         made = run("python", "init_db.py", database=url, PYTHONPATH=str(tmp_path))
         assert nowhere.opened == 4 * 2
-    check_command(made, host, situation.text)
+    check_command(made, host, situation)
 
 
 # --- All is well ------------------------------------------------------------------
