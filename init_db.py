@@ -15,7 +15,8 @@ PARTS = text(r"""WITH t AS (SELECT oid AS id, relname FROM pg_class
     WHERE relname = ANY(:names) AND pg_table_is_visible(oid))  -- in the database's own words
   SELECT concat_ws('.', relname, attname), trim(concat_ws(' ', format_type(atttypid, atttypmod),
     CASE WHEN attnotnull THEN 'NOT NULL' END, 'DEFAULT ' || pg_get_expr(adbin, adrelid),
-    attidentity, attgenerated)) FROM t JOIN pg_attribute ON attrelid = id AND attnum > 0
+    CASE attidentity WHEN 'a' THEN 'ALWAYS IDENTITY' WHEN 'd' THEN 'IDENTITY' END,
+    replace(attgenerated, 's', 'STORED'))) FROM t JOIN pg_attribute ON attrelid = id AND attnum > 0
     AND NOT attisdropped LEFT JOIN pg_attrdef ON adrelid = id AND adnum = attnum
   UNION SELECT concat_ws(' UNIQUE ', relname, substring(pg_get_indexdef(indexrelid), '\(.*')),
     'there' FROM t JOIN pg_index ON indrelid = id AND indisunique AND indimmediate
@@ -53,8 +54,7 @@ if __name__ == "__main__":
     except (exc.DBAPIError, ImportError, ValueError) as error:
         said = str(getattr(error, "orig", error)).partition("\n")[0]
         said += "".join(f"; {REMEDIES[words]}" for words in REMEDIES if words in said)
-        print(f"error: no tables created at {engine.url.host}: {said}", file=sys.stderr)
-        sys.exit(3)
+        sys.exit(f"error: no tables created at {engine.url.host}: {said}")
     for file in Path(__file__).parent.glob("*.py"):
         if file.stem not in [*sys.modules, "init_db"] and "(Base)" in file.read_text():
             print(f"{file.name} has a model too: python init_db.py {file.stem}")
