@@ -20,7 +20,6 @@ SERVE = (
 )
 POST = "curl -s -H 'Content-Type: application/json' -d"
 ANN = """'{"email": "ann@example.com", "password": "correct horse"}'"""
-LONG = """'{"email": "ann@example.com", "password": "ééééééééééééééééééééééééééééééééééééé"}'"""
 SET_ACTIVE = "psql $DATABASE_URL -c 'UPDATE users SET is_active"
 
 
@@ -33,7 +32,7 @@ class Mistake(NamedTuple):
 
 
 MISTAKES = {
-    "error: DATABASE_URL is no postgresql://": Mistake(
+    "error: DATABASE_URL": Mistake(
         f"unset DATABASE_URL; sed -i.old 's/\"//g' .env; {LOAD}; python init_db.py\n"
         "export DATABASE_URL=\"psql 'postgresql://ann:sesame@127.0.0.1/auth'\"\n"
         "python init_db.py; DATABASE_URL='postgresql://a:se/same@h/d' python init_db.py",
@@ -43,15 +42,11 @@ MISTAKES = {
         f"sed -i.old s/^JWT.*// .env; unset JWT_SECRET; {LOAD}; uvicorn main:app",
         f'echo "JWT_SECRET=$(openssl rand -hex 32)" >> .env; {LOAD}; {SERVE}; kill %1',
     ),
-    "error: BCRYPT_ROUNDS": Mistake(
-        f"echo BCRYPT_ROUNDS=99 >> .env; {LOAD}; uvicorn main:app",
-        f"sed -i.old /^BCRYPT/d .env; unset BCRYPT_ROUNDS; {LOAD}; {SERVE}; kill %1",
-    ),
     "connection to server on socket": Mistake(
         'unset DATABASE_URL; PGHOST=$PWD psql "$DATABASE_URL" -f verify.sql',
         f'{LOAD}; psql "$DATABASE_URL" -f verify.sql',
     ),
-    'sslmode value "require" invalid': Mistake(
+    "SSL support is not": Mistake(
         f'{POSTGRES_BIN}/psql "postgresql://127.0.0.1:1/auth?sslmode=require"'
     ),
     "ModuleNotFoundError": Mistake(
@@ -74,20 +69,12 @@ MISTAKES = {
         "psql $DATABASE_URL -c 'DROP TABLE users'; psql $DATABASE_URL -f verify.sql",
         "python init_db.py; psql $DATABASE_URL -f verify.sql",
     ),
-    "Unavailable, run": Mistake(
-        f"psql $DATABASE_URL -c 'DROP TABLE users'; {SERVE}; {POST} {ANN} $API/auth/login",
-        f"python init_db.py; {POST} {ANN} -f $API/auth/register; kill %1",
-        ('relation "users" does not exist; run: python init_db.py, or see README.md',),
-    ),
-    "error: no tables created": Mistake(
+    "not as the model has it": Mistake(
         "psql $DATABASE_URL -c 'ALTER TABLE users DROP is_active'; python init_db.py",
         "psql $DATABASE_URL -c 'DROP TABLE users'; python init_db.py",
     ),
-    "connection failed": Mistake(
+    "Connection refused": Mistake(
         "DATABASE_URL=postgresql://ann@127.0.0.1:1/auth python init_db.py"
-    ),
-    "invalid connection option": Mistake(
-        'DATABASE_URL="postgresql://ann@127.0.0.1/auth?sslmod=require" python init_db.py'
     ),
     "password authentication failed": Mistake(
         'DATABASE_URL="$(echo $DATABASE_URL | sed s,//[^@]*@,//postgres:wrong@,)" '
@@ -108,16 +95,10 @@ MISTAKES = {
         f"""JSON='Content-Type: application/json'
         curl -sf -d {ANN} -H "$JSON" $API/auth/register; kill %1""",
     ),
-    "Value error, password is longer": Mistake(
-        f"{SERVE}; {POST} {LONG} $API/auth/register; kill %1"
-    ),
     "Wrong email or password": Mistake(
         f"{SERVE}; {POST} {ANN} $API/auth/register; {SET_ACTIVE}=false'\n"
         f"{POST} {ANN} $API/auth/login",
         f"{SET_ACTIVE}=true'; {POST} {ANN} -f $API/auth/login; kill %1",
-    ),
-    "Not authenticated": Mistake(
-        f"{SERVE}; curl -s -H 'Authorization: token' $API/auth/me; kill %1"
     ),
     "Invalid access token": Mistake(
         f"{SERVE}; curl -s -H 'Authorization: Bearer old' $API/auth/me; kill %1"
@@ -126,7 +107,6 @@ MISTAKES = {
 OF_NEON = [  # met in test_neon.py, where a stand-in says them
     "Control plane request failed: endpoint cannot be found",
     "endpoint is temporarily unavailable",
-    "is not allowed to connect",
     "Endpoint ID is not specified",
     "unsupported startup parameter in options",
     "connection timeout expired",

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psycopg
 import pytest
@@ -250,6 +251,7 @@ def test_a_model_that_init_db_does_not_see_is_named(
         (lambda url: re.sub(r"@[^/]+", "@nowhere.invalid", url), ["nowhere.invalid"]),
         (lambda url: re.sub(r":[^:@]+@", ":wrong-one@", url), ["password authentication failed"]),
         (lambda url: re.sub(r"/[^/]+$", "/no_such_database", url), ["does not exist"]),
+        (lambda url: re.sub(r"(\?.*)?$", "?sslmod=require", url, count=1), ['invalid connection option "sslmod"']),
     ],
 )  # fmt: skip
 def test_init_db_without_the_database(
@@ -259,12 +261,11 @@ def test_init_db_without_the_database(
     refused = init_db(database)
     assert refused.returncode == 1
     assert refused.stdout == ""
-    settings = psycopg.conninfo.conninfo_to_dict(database)
-    host, password = settings["host"], settings["password"]
-    for words in [f"error: no tables created at {host}: ", *said]:
+    url = urlsplit(database)
+    for words in [f"error: no tables created at {url.hostname}: ", *said]:
         assert words in refused.stderr
     assert refused.stderr.count("\n") == 1
-    assert password not in refused.stderr
+    assert url.password not in refused.stderr
 
 
 # --- Settings
