@@ -75,6 +75,7 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
 engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
+NEW_ID = func.gen_random_uuid()  # ids are made by the database
 
 
 class Base(DeclarativeBase):
@@ -83,9 +84,7 @@ class Base(DeclarativeBase):
 
 class User(Base):
     __tablename__ = "users"
-    id: Mapped[UUID] = mapped_column(
-        primary_key=True, server_default=func.gen_random_uuid()
-    )
+    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=NEW_ID)
     email: Mapped[str] = mapped_column(unique=True)
     hashed_password: Mapped[str]
     is_active: Mapped[bool] = mapped_column(server_default=true())
@@ -229,6 +228,7 @@ TEXT: dict[str, Any] = {"model": pydantic.create_model("Error", detail=str)}
 FIELD = pydantic.create_model("Field", type=str, loc=list[str | int], msg=str)
 INVALID = {"model": pydantic.create_model("Invalid", detail=list[FIELD])}  # type: ignore
 BAD: dict[int | str, dict[str, Any]] = {400: TEXT, 422: INVALID}
+PUBLIC: dict[str, Any] = {"tags": ["auth"], "openapi_extra": {"security": []}}
 REMEDIES = {  # for what does not pass by itself, by the words of PostgreSQL and Neon
     "password authentication failed": "correct it in DATABASE_URL",
     "failed: endpoint": "see the endpoint and its quotas in Neon's console",
@@ -269,7 +269,7 @@ async def unavailable(_: Request, error: Exception) -> JSONResponse:
 
 
 # --- Routes: yours go into a file of their own that says `from main import app` ---
-@app.post("/auth/register", status_code=201, tags=["auth"], responses=BAD | {409: TEXT})
+@app.post("/auth/register", status_code=201, responses=BAD | {409: TEXT}, **PUBLIC)
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. A password has 8 characters to 72 bytes."""
     values = {"email": new.email, "hashed_password": await hash_password(new.password)}
@@ -281,7 +281,7 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
     return UserOut.model_validate(user)
 
 
-@app.post("/auth/login", tags=["auth"], responses=BAD | {401: TEXT})
+@app.post("/auth/login", responses=BAD | {401: TEXT}, **PUBLIC)
 async def login(who: Credentials, session: SessionDep, response: Response) -> Token:
     """Exchange an email and a password for an access token."""
     user = await session.run_sync(fetch_user, USER_BY_EMAIL, email=who.email)

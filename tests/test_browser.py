@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +20,7 @@ from playwright.sync_api import (
     expect,
     sync_playwright,
 )
-from pooler import missing
+from pooler import from_npm, missing
 
 PATIENCE = 20_000  # milliseconds, for a busy machine
 
@@ -35,23 +34,8 @@ CDN = f"https://cdn.jsdelivr.net/npm/{SWAGGER_UI}/"
 @pytest.fixture(scope="module")
 def swagger_ui(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with Swagger UI's files, the same that the CDN gives to a reader."""
-    npm = shutil.which("npm")
-    if npm is None:
-        missing("npm")
-    folder = tmp_path_factory.mktemp("swagger-ui")
-    options = ["--no-save", "--ignore-scripts", "--no-audit", "--no-fund"]
-    options += ["--fetch-retries=1"]  # npm's own two take minutes
-    installed = subprocess.run(
-        [npm, "install", *options, "--prefix", folder, SWAGGER_UI],
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
-    if installed.returncode != 0:  # there is no network, say
-        why = installed.stderr.partition("\n")[0]
-        missing(f"{SWAGGER_UI} ({why})")
-    return folder / "node_modules" / "swagger-ui-dist"
+    modules = from_npm(SWAGGER_UI, tmp_path_factory.mktemp("swagger-ui"))
+    return modules / "swagger-ui-dist"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The README is a program: each of its commands is run, and prints what stands beneath it."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from urllib.parse import quote
@@ -9,7 +8,7 @@ from urllib.parse import quote
 import httpx
 import pytest
 from harness import ROOT, Service, environment, free_port, fresh_database, run
-from pooler import missing
+from pooler import from_npm
 from reader import README, Reader, reader, same
 from test_messages import ENV, MISTAKES
 from try_it import is_taken
@@ -167,11 +166,7 @@ console.log("user", payload.sub);
 def test_another_service_checks_a_token_in_either_language(
     database: str, tmp_path: Path
 ) -> None:
-    if shutil.which("npm") is None:
-        missing("npm (Debian: apt-get install npm)")
-    quiet = "--no-audit", "--no-fund", "--ignore-scripts"
-    fetched = run("npm", "install", *quiet, "--prefix", tmp_path, "jose@6")
-    assert fetched.returncode == 0, fetched.stderr
+    from_npm("jose@6", tmp_path)
     (tmp_path / "check.mjs").write_text(JOSE)
     (tmp_path / "check.py").write_text(CHECK)
     with Service(database) as service:
