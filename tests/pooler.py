@@ -9,10 +9,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, Self
 
+import httpx
 import psycopg
 import pytest
 from harness import Postgres, free_port, run, unprivileged
@@ -56,6 +58,14 @@ class Wire:
         port = self.listener.getsockname()[1]
         clear = "?sslmode=disable&gssencmode=disable"
         return database.replace(f":{self.server_port}/", f":{port}/") + clear
+
+    def heard(self, ask: Callable[..., httpx.Response], *words: str) -> list[str]:
+        """The first words of a request's statements, each of which took one round trip."""
+        trips, said = self.round_trips, len(self.statements)
+        assert ask(*words).is_success
+        statements = [sql.split(" ")[0] for sql in self.statements[said:]]
+        assert self.round_trips - trips == len(statements)
+        return statements
 
     def cut(self) -> None:
         """Close every connection, without the goodbye that a server would say."""
