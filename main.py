@@ -7,6 +7,7 @@ import sys
 import unicodedata
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from datetime import datetime
 from hmac import compare_digest
 from typing import Annotated, Any
@@ -38,7 +39,8 @@ class Settings(BaseModel):  # a description says what is wrong, and what to do
         description="is no postgresql:// URL, load .env: set -a; . ./.env; set +a",
     )
     JWT_SECRET: bytes = Field(  # RFC 7518 §3.2
-        min_length=32, description="is under 32 bytes, make it: openssl rand -hex 32"
+        min_length=32,
+        description="is under 32 bytes, load .env, or make it: openssl rand -hex 32",
     )
     ACCESS_TOKEN_MINUTES: int = Field(30, ge=1, description="is not 1 or more")
     BCRYPT_ROUNDS: int = Field(12, ge=4, le=31, description="is not from 4 to 31")
@@ -75,7 +77,6 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
 engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
-NEW_ID = func.gen_random_uuid()  # ids are made by the database
 
 
 class Base(DeclarativeBase):
@@ -84,7 +85,9 @@ class Base(DeclarativeBase):
 
 class User(Base):
     __tablename__ = "users"
-    id: Mapped[UUID] = mapped_column(primary_key=True, server_default=NEW_ID)
+    id: Mapped[UUID] = mapped_column(
+        primary_key=True, server_default=func.gen_random_uuid()
+    )
     email: Mapped[str] = mapped_column(unique=True)
     hashed_password: Mapped[str]
     is_active: Mapped[bool] = mapped_column(server_default=true())
@@ -99,18 +102,14 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
     session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14):  # closing a hung connection may add 10
-        try:
-            yield session
-        finally:
-            if session.in_transaction():  # else there is nothing to give back
-                await asyncio.shield(session.close())
+    async with asyncio.timeout(14), aclosing(session):  # a hung connection may add 10
+        yield session
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
-    """For run_sync: the user whom a statement returns, or None. Its writes are saved."""
+    """For run_sync: the user a statement returns, or None. Commits what it begins."""
     begun = session.in_transaction()
-    if session.bind is engine.sync_engine and not begun:  # else yours, or a test's
+    if session.bind is engine.sync_engine and not begun:  # spare BEGIN and COMMIT
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
     row = session.connection().execute(statement, values).one_or_none()
@@ -199,7 +198,7 @@ def unauthorized(detail: str, error: str = "") -> HTTPException:
 
 class BearerToken(HTTPBearer):
     async def __call__(self, request: HTTPConnection) -> UUID:  # type: ignore[override]
-        """The user id in the access token. Raises 401 if there is none or a bad one."""
+        """The id in the access token, not looked up. Raises 401 for none or a bad one."""
         if not (sent := await super().__call__(request)):
             raise unauthorized("Not authenticated")
         token, key, need = sent.credentials, settings.JWT_SECRET, ["sub", "iat", "exp"]
