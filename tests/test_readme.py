@@ -205,10 +205,10 @@ CODE = [
 OF_OTHERS = {  # names in the prose that are neither the project's nor uvicorn's
     "apt-get install postgresql-client", "brew install libpq",
     "brew link --force libpq", "npx -y neon@latest psql --", ".venv/Scripts/activate",
-    "/etc/nginx/conf.d/auth.conf", "npx -y neon@latest claim accept",
+    "/etc/nginx/conf.d/auth.conf", "nginx -t && nginx -s reload", "npx -y neon@latest claim accept",
     "rm -f .neon .env.neon", "channel_binding=disable", "sslsni=0", "?options=-c...",
     "ALTER ROLE ... SET", "python -m pip freeze > requirements.lock", "Failed to fetch",
-    "pip install uvloop httptools", "DATABASE_URL='postgresql://user:password@host/database'",
+    "pip install uvloop httptools", "DATABASE_URL='postgresql://user:password@host:5432/database'",
     "dependency_overrides[get_session]", "uvicorn cors:app", "MissingGreenlet",
     "selectinload", "postgres://",
     "apt-get install chromium nginx-light npm openssl pgbouncer postgresql", "&", "?", "@", quote("@"), "/", quote("/", safe=""), "%", quote("%"), "-pooler",
@@ -239,8 +239,8 @@ def test_every_name_in_the_prose_is_one() -> None:
 @pytest.mark.parametrize(
     ("said", "by"),
     [
-        ("takes more than 14 seconds gets 503", "asyncio.timeout(14):"),
-        ("when a connection hangs", "closing a hung connection may add 10"),
+        ("takes more than 14 seconds gets 503", "asyncio.timeout(14), "),
+        ("when a connection hangs", "a hung connection may add 10"),
         ("gets 503 with `Retry-After`", '503, {"Retry-After": "5"}'),
         ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
         ("Each opens up to 20 connections", "pool_size=20,\n    max_overflow=0,"),

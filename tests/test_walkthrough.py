@@ -377,7 +377,7 @@ def test_env_example_has_every_setting_and_no_working_secret() -> None:
             assert lines[number - 1].startswith("# ")
     filled = f"set -a; . ./.env.example; set +a; JWT_SECRET={JWT_SECRET!r}"
     shown = run("sh", "-c", f'{filled}; echo "$DATABASE_URL"').stdout.strip()
-    assert shown == given["DATABASE_URL"].strip('"')
+    assert shown == given["DATABASE_URL"].strip("'")
     assert shown.endswith(
         "-pooler.REGION.aws.neon.tech/neondb?sslmode=require&channel_binding=require"
     )
