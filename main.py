@@ -110,7 +110,7 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
     """For run_sync: the user a statement returns, or None. Commits what it begins."""
     begun = session.in_transaction()
-    if session.bind is engine.sync_engine and not begun:  # spare BEGIN and COMMIT
+    if session.bind is engine.sync_engine and not begun:  # spares BEGIN and COMMIT
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
     row = session.connection().execute(statement, values).one_or_none()
@@ -168,7 +168,7 @@ class UserOut(BaseModel, from_attributes=True, frozen=True):
     is_active: bool
     created_at: datetime
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: object) -> None:  # loud, and says what to do
         raise TypeError("a copy: change `await session.get(User, user.id)` instead")
 
 
