@@ -168,7 +168,7 @@ class UserOut(BaseModel, from_attributes=True, frozen=True):
     is_active: bool
     created_at: datetime
 
-    def __setattr__(self, name: str, value: object) -> None:  # loud, and says what to do
+    def __setattr__(self, name: str, value: object) -> None:  # says what to do
         raise TypeError("a copy: change `await session.get(User, user.id)` instead")
 
 
