@@ -23,10 +23,11 @@ from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from psycopg.errors import ReadOnlySqlTransaction, UndefinedTable
 from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
-from sqlalchemy import DateTime, bindparam, exc, func, select, true
+from sqlalchemy import DateTime, bindparam, exc, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("auth")
@@ -39,8 +40,7 @@ class Settings(BaseModel):  # a description says what is wrong, and what to do
         description="is no postgresql:// URL, load .env: set -a; . ./.env; set +a",
     )
     JWT_SECRET: bytes = Field(  # RFC 7518 §3.2
-        min_length=32,
-        description="is under 32 bytes, load .env, or make it: openssl rand -hex 32",
+        min_length=32, description="needs 32 bytes, load .env, or: openssl rand -hex 32"
     )
     ACCESS_TOKEN_MINUTES: int = Field(30, ge=1, description="is not 1 or more")
     BCRYPT_ROUNDS: int = Field(12, ge=4, le=31, description="is not from 4 to 31")
@@ -76,8 +76,7 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
     hide_parameters=True,  # no hashes in SQLAlchemy's errors
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
-# Yours: an ordinary engine. Its connections may have other isolation levels, not views.
-engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")
+engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
 
 
 class Base(DeclarativeBase):
@@ -91,7 +90,7 @@ class User(Base):
     )
     email: Mapped[str] = mapped_column(unique=True)
     hashed_password: Mapped[str]
-    is_active: Mapped[bool] = mapped_column(server_default=true())
+    is_active: Mapped[bool] = mapped_column(server_default="true")
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -113,7 +112,7 @@ def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
     if session.bind is engine.sync_engine and not begun:  # spares BEGIN and COMMIT
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
-    row = session.connection().execute(statement, values).one_or_none()
+    row = session.connection().execute(statement, values).one_or_none()  # a test's
     if not begun:
         session.commit()
     return row
@@ -238,11 +237,12 @@ TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutE
 app = FastAPI(
     title="Authentication: register, log in, get an access token, use it",
     on_shutdown=[autocommit_engine.dispose],
-    max_body_size=16 * 1024,  # bytes
     redirect_slashes=False,  # to whatever the Host header says
     generate_unique_id_function=lambda route: route.name,  # for generated clients
     responses={413: {"description": "Over 16 KiB"}, 503: TEXT},
 )
+
+app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)

@@ -274,9 +274,7 @@ def test_init_db_without_the_database(
 NO_URL = (
     "error: DATABASE_URL is no postgresql:// URL, load .env: set -a; . ./.env; set +a"
 )
-NO_SECRET = (
-    "error: JWT_SECRET is under 32 bytes, load .env, or make it: openssl rand -hex 32"
-)
+NO_SECRET = "error: JWT_SECRET needs 32 bytes, load .env, or: openssl rand -hex 32"
 NO_MINUTES = "error: ACCESS_TOKEN_MINUTES is not 1 or more"
 NO_ROUNDS = "error: BCRYPT_ROUNDS is not from 4 to 31"
 URL = "postgresql://ann:sesame@127.0.0.1/auth"
