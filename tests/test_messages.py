@@ -56,10 +56,6 @@ MISTAKES = {
         "PATH=$BEFORE; python init_db.py",
         ("python: command not found", "uvicorn: command not found"),
     ),
-    "Error loading ASGI app": Mistake(
-        "cd ..; uvicorn main:app",
-        f"cd auth; {SERVE}; kill %1",
-    ),
     "address already in use": Mistake(
         f"{SERVE}; uvicorn main:app --port $PORT",
         "kill %1; wait %1; PORT=$OTHER_PORT; API=http://127.0.0.1:$PORT\n"
