@@ -107,12 +107,12 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
-    """For run_sync: the user a statement returns, or None. Commits what it begins."""
+    """For run_sync: the user a statement returns, or None. Joins a begun transaction."""
     begun = session.in_transaction()
     if session.bind is engine.sync_engine and not begun:  # spares BEGIN and COMMIT
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
-    row = session.connection().execute(statement, values).one_or_none()  # a test's
+    row = session.connection().execute(statement, values).one_or_none()
     if not begun:
         session.commit()
     return row
@@ -161,13 +161,13 @@ class Registration(Credentials):
     password: Password = Field(min_length=8, examples=["correct horse"])
 
 
-class UserOut(BaseModel, from_attributes=True, frozen=True):
+class UserOut(BaseModel, from_attributes=True):
     id: UUID
     email: str
     is_active: bool
     created_at: datetime
 
-    def __setattr__(self, name: str, value: object) -> None:  # says what to do
+    def __setattr__(self, name: str, value: object) -> None:
         raise TypeError("a copy: change `await session.get(User, user.id)` instead")
 
 
@@ -227,7 +227,7 @@ TEXT: dict[str, Any] = {"model": pydantic.create_model("Error", detail=str)}
 FIELD = pydantic.create_model("Field", type=str, loc=list[str | int], msg=str)
 INVALID = {"model": pydantic.create_model("Invalid", detail=list[FIELD])}  # type: ignore
 BAD: dict[int | str, dict[str, Any]] = {400: TEXT, 422: INVALID}
-PUBLIC: dict[str, Any] = {"tags": ["auth"], "openapi_extra": {"security": []}}
+NO_TOKEN: dict[str, Any] = {"tags": ["auth"], "openapi_extra": {"security": []}}
 REMEDIES = {  # for what does not pass by itself, by the words of PostgreSQL and Neon
     "password authentication failed": "correct it in DATABASE_URL",
     "failed: endpoint": "see the endpoint and its quotas in Neon's console",
@@ -246,10 +246,10 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
+async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
     """422, without what was sent: no password comes back, or into a traceback."""
     for problem in (problems := error.errors()):
-        problem.pop("input", problem.pop("ctx", None))  # both
+        _ = problem.pop("input", None), problem.pop("ctx", None)
     return JSONResponse({"detail": problems}, 422)
 
 
@@ -268,8 +268,8 @@ async def unavailable(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": f"Unavailable, {advice}"}, 503, {"Retry-After": "5"})
 
 
-# --- Routes: yours go into a file of their own that says `from main import app` ---
-@app.post("/auth/register", status_code=201, responses=BAD | {409: TEXT}, **PUBLIC)
+# --- Routes: yours go into notes.py: `from main import app`; run: uvicorn notes:app
+@app.post("/auth/register", status_code=201, responses=BAD | {409: TEXT}, **NO_TOKEN)
 async def register(new: Registration, session: SessionDep) -> UserOut:
     """Create an account. A password has 8 characters to 72 bytes."""
     values = {"email": new.email, "hashed_password": await hash_password(new.password)}
@@ -281,7 +281,7 @@ async def register(new: Registration, session: SessionDep) -> UserOut:
     return UserOut.model_validate(user)
 
 
-@app.post("/auth/login", responses=BAD | {401: TEXT}, **PUBLIC)
+@app.post("/auth/login", responses=BAD | {401: TEXT}, **NO_TOKEN)
 async def login(who: Credentials, session: SessionDep, response: Response) -> Token:
     """Exchange an email and a password for an access token."""
     user = await session.run_sync(fetch_user, USER_BY_EMAIL, email=who.email)
