@@ -46,9 +46,6 @@ MISTAKES = {
         'unset DATABASE_URL; PGHOST=$PWD psql "$DATABASE_URL" -f verify.sql',
         f'{LOAD}; psql "$DATABASE_URL" -f verify.sql',
     ),
-    "SSL support is not": Mistake(
-        f'{POSTGRES_BIN}/psql "postgresql://127.0.0.1:1/auth?sslmode=require"'
-    ),
     "ModuleNotFoundError": Mistake(
         "python3 -m venv --without-pip empty; BEFORE=$PATH\n"
         "PATH=$PWD/nowhere; python init_db.py; uvicorn main:app\n"
