@@ -4,13 +4,13 @@ import asyncio
 import logging
 import os
 import sys
-import unicodedata
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from datetime import datetime
 from hmac import compare_digest
 from typing import Annotated, Any
+from unicodedata import normalize
 from uuid import UUID
 
 import bcrypt
@@ -131,7 +131,7 @@ NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
 def normalize_password(password: Any) -> Any:
     """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4)."""
     if isinstance(password, str):
-        password = unicodedata.normalize("NFC", password)
+        password = normalize("NFC", password[:109])  # 108 may compose to 72 bytes
         if len(password.encode()) > 72 or "\0" in password:  # surrogates raise too
             raise ValueError("password is longer than 72 bytes of UTF-8, or has a NUL")
     return password  # fits the 72 bytes that bcrypt reads
@@ -148,11 +148,11 @@ async def hash_password(password: str, salt: str = "") -> str:
 
 
 # --- Schemas: what comes in, what goes out ----------------------------------------
-Email = Annotated[EmailStr, AfterValidator(str.lower)]
+Email = Annotated[EmailStr, AfterValidator(lambda it: normalize("NFC", it.lower()))]
 Password = Annotated[str, BeforeValidator(normalize_password), Field(max_length=72)]
 
 
-class Credentials(BaseModel):
+class Credentials(BaseModel, str_max_length=254):
     email: Email = Field(max_length=254, examples=["ann@example.com"])
     password: Password = Field(examples=["correct horse"])
 
