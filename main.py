@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 from datetime import datetime
 from hmac import compare_digest
 from typing import Annotated, Any
@@ -27,7 +26,6 @@ from sqlalchemy import DateTime, bindparam, exc, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("auth")
@@ -102,8 +100,12 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
     session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14), aclosing(session):  # a hung connection may add 10
-        yield session
+    async with asyncio.timeout(14):  # a hung connection may add 10
+        try:
+            yield session
+        finally:
+            if session.in_transaction():  # else there is nothing to give back
+                await asyncio.shield(session.close())
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
@@ -121,7 +123,7 @@ def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
 # --- Passwords: bcrypt ------------------------------------------------------------
 # One thread for each core, so that the event loop goes on; at nice 5, all else first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
-hashing = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
+cores = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
 # One at work and eight waiting for each core: more would hit the 14 seconds.
 places = asyncio.Semaphore(9 * (os.cpu_count() or 1))
 # Checked when no active user has the address: equal time hides who has an account.
@@ -141,10 +143,9 @@ async def hash_password(password: str, salt: str = "") -> str:
     """The bcrypt hash, with the salt of another if given. 503 if the queue is full."""
     if places.locked():
         raise HTTPException(503, "Too many logins, try again", {"Retry-After": "5"})
-    salted = salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
+    work = password.encode(), salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
     async with places:
-        run = asyncio.get_running_loop().run_in_executor
-        return (await run(hashing, bcrypt.hashpw, password.encode(), salted)).decode()
+        return (await asyncio.wrap_future(cores.submit(bcrypt.hashpw, *work))).decode()
 
 
 # --- Schemas: what comes in, what goes out ----------------------------------------
@@ -237,12 +238,11 @@ TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutE
 app = FastAPI(
     title="Authentication: register, log in, get an access token, use it",
     on_shutdown=[autocommit_engine.dispose],
+    max_body_size=16 * 1024,  # bytes
     redirect_slashes=False,  # to whatever the Host header says
     generate_unique_id_function=lambda route: route.name,  # for generated clients
     responses={413: {"description": "Over 16 KiB"}, 503: TEXT},
 )
-
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, normalize
 
 import jwt
 import psutil
@@ -88,6 +89,14 @@ def test_one_address_is_one_account_however_it_is_spelt(
         {"detail": "Email already registered"},
     )
     assert service.login(spelling).status_code == 200
+
+
+def test_an_address_that_is_composed_in_lower_case_only_is_one_account(
+    service: Service,
+) -> None:
+    """Unicode has h with a line below in one character, and H in two."""
+    assert service.register("H\u0331@example.com").status_code == 201
+    assert service.register("\u1e96@example.com").status_code == 409
 
 
 def test_a_hundred_registrations_of_one_address_make_one_account(
@@ -175,8 +184,11 @@ def test_a_password_is_kept_to_the_byte(service: Service, password: str) -> None
     )
 
 
-def test_composed_and_decomposed_spellings_are_one_password(service: Service) -> None:
-    composed, decomposed = "caf\u00e9 \u00fcber", "cafe\u0301 u\u0308ber"
+@pytest.mark.parametrize("composed", ["caf\u00e9 \u00fcber", 36 * "\u01d6"])
+def test_composed_and_decomposed_spellings_are_one_password(
+    service: Service, composed: str
+) -> None:
+    decomposed = normalize("NFD", composed)
     for kept, typed in ((composed, decomposed), (decomposed, composed)):
         email = fresh_email()
         assert service.register(email, kept).status_code == 201
@@ -189,6 +201,7 @@ def test_composed_and_decomposed_spellings_are_one_password(service: Service) ->
         ("", "8 characters"), ("7 chars", "8 characters"), ("🐴" * 7, "8 characters"),
         ("e\u0301" * 7, "8 characters"), ("a" * 73, "72 bytes"), ("я" * 37, "72 bytes"),
         ("🐴" * 19, "72 bytes"), ("a" * 1024, "72 bytes"), ("a" * 15000, "72 bytes"),
+        (normalize("NFD", 36 * "\u01d6") + "a", "72 bytes"),
         ("nul\0nul\0nul", "has a NUL"), (8 * "\0", "has a NUL"), ("good but \ud800", "surrogates not allowed"),
         (12345678, "valid string"), (None, "valid string"), (["correct", "horse"], "valid string"),
         ({"password": "correct horse"}, "valid string"), (True, "valid string"),
@@ -284,6 +297,25 @@ def test_refused_logins_cost_the_same(other_settings: Service, database: str) ->
             assert other_settings.login(*who).status_code == 401
             spent[name] += sum(process.cpu_times()[:2]) - before
     assert min(spent.values()) > 0.5 * max(spent.values())
+
+
+@pytest.mark.parametrize(("field", "length"), [("email", 2000), ("password", 8000)])
+def test_what_takes_long_to_normalize_is_refused_before(
+    service: Service, field: str, length: int
+) -> None:
+    """Thousands of accents in the wrong order cost no more than as many letters."""
+    accents = filter(combining, map(chr, range(0x300, 0x800)))
+    disorder = "".join(sorted(accents, key=combining, reverse=True))
+    process = psutil.Process(service.process.pid)
+    spent = []
+    for letters in (length * "a", (80 * disorder)[:length]):
+        sent = {"email": "ann@example.com", "password": "correct horse"}
+        sent[field] = letters + sent[field]
+        before = sum(process.cpu_times()[:2])
+        for _ in range(20):
+            assert service.http.post("/auth/login", json=sent).status_code == 422
+        spent.append(sum(process.cpu_times()[:2]) - before)
+    assert spent[1] < 5 * spent[0] + 0.1
 
 
 def test_a_short_guess_is_just_wrong(service: Service) -> None:
