@@ -26,6 +26,7 @@ from sqlalchemy import DateTime, bindparam, exc, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from starlette.middleware.body_limit import RequestBodyLimitMiddleware
 
 logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
 log = logging.getLogger("auth")
@@ -124,8 +125,7 @@ def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
 # One thread for each core, so that the event loop goes on; at nice 5, all else first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
 cores = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
-# One at work and eight waiting for each core: more would hit the 14 seconds.
-places = asyncio.Semaphore(9 * (os.cpu_count() or 1))
+places = asyncio.Semaphore(9 * (os.cpu_count() or 1))  # more would hit the 14 seconds
 # Checked when no active user has the address: equal time hides who has an account.
 NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
 
@@ -238,11 +238,11 @@ TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutE
 app = FastAPI(
     title="Authentication: register, log in, get an access token, use it",
     on_shutdown=[autocommit_engine.dispose],
-    max_body_size=16 * 1024,  # bytes
     redirect_slashes=False,  # to whatever the Host header says
     generate_unique_id_function=lambda route: route.name,  # for generated clients
     responses={413: {"description": "Over 16 KiB"}, 503: TEXT},
 )
+app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)
