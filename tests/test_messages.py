@@ -79,10 +79,6 @@ MISTAKES = {
         "",
         ("Connection refused; try again, or see README.md",),
     ),
-    "Too many logins": Mistake(
-        f"{SERVE}\nfor i in $(seq 99); do {POST} {ANN} $API/auth/login & done; wait $!"
-        "; sleep 1; kill %1"
-    ),
     "Input should be a valid dictionary": Mistake(
         f"{SERVE}; curl -s -d {ANN} $API/auth/register",
         f"""JSON='Content-Type: application/json'
