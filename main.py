@@ -153,7 +153,7 @@ Email = Annotated[EmailStr, AfterValidator(lambda it: normalize("NFC", it.lower(
 Password = Annotated[str, BeforeValidator(normalize_password), Field(max_length=72)]
 
 
-class Credentials(BaseModel, str_max_length=254):
+class Credentials(BaseModel):
     email: Email = Field(max_length=254, examples=["ann@example.com"])
     password: Password = Field(examples=["correct horse"])
 

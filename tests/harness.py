@@ -57,7 +57,7 @@ class Postgres:
         self.data = self.home / "data"
         self.log = self.home / "log"
         self.port = free_port()
-        self.password = secrets.token_hex(8)
+        self.password = f"pa${secrets.token_hex(8)}"  # a $, which a shell would expand
         self.settings = settings
         self.process: subprocess.Popen[bytes] | None = None
         try:

@@ -152,7 +152,7 @@ class Terminal:
 
 # --- The reader
 
-QUERY = "sslmode=prefer&channel_binding=prefer&application_name=a$b"  # & as in Neon's
+QUERY = "sslmode=prefer&channel_binding=prefer"  # a & as in Neon's URL
 NPX = """#!/bin/sh
 # Stands in for Neon's command line, which needs an account.
 echo "$*" >> "$HOME/npx-commands"

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from textwrap import dedent, indent
 from typing import Any, NamedTuple
@@ -134,6 +134,12 @@ async def later(mark: str, user: CurrentUser, tasks: BackgroundTasks) -> None:
             own.add(Note(text=mark, author_id=user.id))
 
     tasks.add_task(write)
+
+
+@app.get("/slow")
+async def slow(user_id: CurrentUserId) -> str:
+    await asyncio.sleep(15)
+    return "done"
 """
 ROUTE = """
 
@@ -627,6 +633,15 @@ def ann(service: Service) -> Account:
     return account(service)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def slow(service: Service, ann: Account) -> Iterator[Future[httpx.Response]]:
+    """A request that takes longer than a session may; the other tests go on meanwhile."""
+    with ThreadPoolExecutor(1) as waits:
+        yield waits.submit(
+            httpx.get, f"{service.url}/slow", headers=ann.headers, timeout=30
+        )
+
+
 def rows(database: str, sql: str, *values: str) -> list[tuple[Any, ...]]:
     """What a query gives on a connection of its own."""
     with psycopg.connect(database) as connection:
@@ -845,6 +860,12 @@ def test_a_background_task(service: Service, database: str, ann: Account) -> Non
     while not left(database, mark) and time.monotonic() < patience:
         time.sleep(0.01)
     assert left(database, mark) == {""}
+
+
+def test_a_route_without_a_session_may_take_over_14_seconds(
+    slow: Future[httpx.Response],
+) -> None:
+    assert (slow.result().status_code, slow.result().json()) == (200, "done")
 
 
 def chunks(size: int) -> Iterator[bytes]:

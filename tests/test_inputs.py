@@ -299,18 +299,14 @@ def test_refused_logins_cost_the_same(other_settings: Service, database: str) ->
     assert min(spent.values()) > 0.5 * max(spent.values())
 
 
-@pytest.mark.parametrize(("field", "length"), [("email", 2000), ("password", 8000)])
-def test_what_takes_long_to_normalize_is_refused_before(
-    service: Service, field: str, length: int
-) -> None:
+def test_what_takes_long_to_normalize_is_refused_before(service: Service) -> None:
     """Thousands of accents in the wrong order cost no more than as many letters."""
     accents = filter(combining, map(chr, range(0x300, 0x800)))
     disorder = "".join(sorted(accents, key=combining, reverse=True))
     process = psutil.Process(service.process.pid)
     spent = []
-    for letters in (length * "a", (80 * disorder)[:length]):
-        sent = {"email": "ann@example.com", "password": "correct horse"}
-        sent[field] = letters + sent[field]
+    for password in (8000 * "a", (80 * disorder)[:8000]):
+        sent = {"email": "ann@example.com", "password": password}
         before = sum(process.cpu_times()[:2])
         for _ in range(20):
             assert service.http.post("/auth/login", json=sent).status_code == 422
