@@ -52,7 +52,7 @@ try:
 except pydantic.ValidationError as error:
     for name in [str(problem["loc"][0]) for problem in error.errors()]:
         print("error:", name, Settings.model_fields[name].description, file=sys.stderr)
-    sys.exit(3)  # as uvicorn when it cannot start: --workers ends too
+    sys.exit(3)  # uvicorn's own for a failed start: --workers gives up, too
 
 
 # --- Database ---------------------------------------------------------------------
@@ -102,12 +102,13 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Yours to commit; closed before the answer. After 14 seconds TimeoutError (503)."""
     session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14):  # a hung connection may add 10
+    async with asyncio.timeout(14):  # to end a hung query may take 10 more
         try:
             yield session
         finally:
-            if session.in_transaction():  # else there is nothing to give back
+            if session.in_transaction():  # there is a connection to give back
                 await asyncio.shield(session.close())
+            session.sync_session.close()  # for good
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
@@ -123,18 +124,18 @@ def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
 
 
 # --- Passwords: bcrypt ------------------------------------------------------------
-# One thread for each core, so that the event loop goes on; at nice 5, all else first.
+# One thread for each core, so that the event loop goes on; at nice 5, it goes first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
 cores = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
-places = asyncio.Semaphore(9 * (os.cpu_count() or 1))  # more would hit the 14 seconds
-# Checked when no active user has the address: equal time hides who has an account.
+places = asyncio.Semaphore(9 * (os.cpu_count() or 1))  # 3 seconds of work at cost 12
+# For an address nobody has: equal time hides that, and no password gives this hash.
 NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
 
 
 def normalize_password(password: Any) -> Any:
     """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4)."""
     if isinstance(password, str):
-        password = normalize("NFC", password[:109])  # 108 may compose to 72 bytes
+        password = normalize("NFC", password[:109])  # 108 may shrink to 72 bytes
         if len(password.encode()) > 72 or "\0" in password:  # surrogates raise too
             raise ValueError("password is longer than 72 bytes of UTF-8, or has a NUL")
     return password  # fits the 72 bytes that bcrypt reads
@@ -199,7 +200,7 @@ def unauthorized(detail: str, error: str = "") -> HTTPException:
 
 class BearerToken(HTTPBearer):
     async def __call__(self, request: HTTPConnection) -> UUID:  # type: ignore[override]
-        """The id in the access token, not looked up. Raises 401 if none or bad."""
+        """The token's user id, not looked up; WebSockets' too. 401 if none or bad."""
         if not (sent := await super().__call__(request)):
             raise unauthorized("Not authenticated")
         token, key, need = sent.credentials, settings.JWT_SECRET, ["sub", "iat", "exp"]
@@ -246,11 +247,10 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+async def invalid(_: Request, error: Any) -> JSONResponse:
     """422, without what was sent: no password comes back, or into a traceback."""
-    for problem in (problems := error.errors()):
-        _ = problem.pop("input", None), problem.pop("ctx", None)
-    return JSONResponse({"detail": problems}, 422)
+    error.errors()[:] = [{k: e[k] for k in FIELD.model_fields} for e in error.errors()]
+    return JSONResponse({"detail": error.errors()}, 422)
 
 
 @app.exception_handler(exc.SQLAlchemyError)

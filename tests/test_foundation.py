@@ -117,11 +117,13 @@ async def stream(user: CurrentUser, session: SessionDep) -> StreamingResponse:
 
 
 @app.get("/stream-by-the-session")
-async def stream_by_the_session(session: SessionDep) -> StreamingResponse:
-    first = await session.scalar(text("SELECT 'first'"))
+async def stream_by_the_session(session: SessionDep, now: str) -> StreamingResponse:
+    if now != "unused":
+        await session.scalar(text("SELECT 'first'"))
+    if now == "committed":
+        await session.commit()
 
     async def lines() -> AsyncIterator[str]:
-        yield first
         yield await session.scalar(text("SELECT 'second'"))
 
     return StreamingResponse(lines())
@@ -842,11 +844,12 @@ def test_a_stream_goes_on_without_the_session(service: Service, ann: Account) ->
     assert answer.text == " ".join([begun, *map(str, range(1, 5001))])
 
 
-def test_a_stream_by_the_closed_session(service: Service) -> None:
+@pytest.mark.parametrize("now", ["unused", "in a transaction", "committed"])
+def test_a_stream_by_the_closed_session(service: Service, now: str) -> None:
     """It fails loudly, instead of keeping a connection that nobody gives back."""
     since = len(service.log)
     with pytest.raises(httpx.RemoteProtocolError):
-        service.http.get("/stream-by-the-session")
+        service.http.get("/stream-by-the-session", params={"now": now})
     said = "This Session has been permanently closed"
     assert said in logged(service, since, said)
 
