@@ -73,7 +73,7 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
     max_overflow=0,
     pool_recycle=280,  # seconds of age; Neon suspends after 300 idle ones
     pool_pre_ping=True,  # by look_at_socket
-    hide_parameters=True,  # no hashes in SQLAlchemy's errors
+    hide_parameters=True,  # or SQLAlchemy's errors would quote hashes
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
 engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
@@ -94,7 +94,7 @@ class User(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
-ADD_USER = insert(User).on_conflict_do_nothing().returning(User)
+ADD_USER = insert(User).on_conflict_do_nothing(index_elements=["email"]).returning(User)
 USER_BY_EMAIL = select(User).where(User.is_active, User.email == bindparam("email"))
 USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 
@@ -102,7 +102,7 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Yours to commit; closed before the answer. After 14 seconds TimeoutError (503)."""
     session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14):  # to end a hung query may take 10 more
+    async with asyncio.timeout(14):  # and up to 10 more to end a hung query
         try:
             yield session
         finally:
@@ -124,7 +124,7 @@ def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
 
 
 # --- Passwords: bcrypt ------------------------------------------------------------
-# One thread for each core, so that the event loop goes on; at nice 5, it goes first.
+# One thread for each core, at nice 5, so that the event loop goes on, and goes first.
 be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
 cores = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
 places = asyncio.Semaphore(9 * (os.cpu_count() or 1))  # 3 seconds of work at cost 12

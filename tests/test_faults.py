@@ -280,6 +280,27 @@ def test_tables_not_created(empty_database: str) -> None:
         assert service.me(service.account("a@example.com")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("change", "statuses", "why"),
+    [
+        ("DROP CONSTRAINT users_email_key", [500, 500], "no unique or exclusion"),
+        ("ADD nick text UNIQUE DEFAULT 'none'", [201, 500], "users_nick_key"),
+    ],
+    ids=["gone", "a second one"],
+)
+def test_the_unique_constraint_of_addresses_alone_decides(
+    empty_database: str, change: str, statuses: list[int], why: str
+) -> None:
+    """Without it nobody gets in twice, and another one is not taken for it."""
+    assert run("python", "init_db.py", database=empty_database).returncode == 0
+    with psycopg.connect(empty_database) as connection:
+        connection.execute(f"ALTER TABLE users {change}")
+    with Crowded(empty_database) as service:
+        emails = "ann@example.com", "bob@example.com"
+        assert [service.register(it).status_code for it in emails] == statuses
+        until(lambda: why in service.log)  # the traceback comes after the answer
+
+
 def test_database_down_when_the_service_starts(
     postgres: Postgres, database: str
 ) -> None:

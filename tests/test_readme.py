@@ -240,7 +240,7 @@ def test_every_name_in_the_prose_is_one() -> None:
     ("said", "by"),
     [
         ("takes more than 14 seconds gets 503", "asyncio.timeout(14):"),
-        ("seconds, when a connection", "to end a hung query may take 10 more"),
+        ("seconds, when a connection", "and up to 10 more to end a hung query"),
         ("gets 503 with `Retry-After`", '503, {"Retry-After": "5"}'),
         ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
         ("Each opens up to 20 connections", "pool_size=20,\n    max_overflow=0,"),
