@@ -295,7 +295,7 @@ def test_the_unique_constraint_of_addresses_alone_decides(
     assert run("python", "init_db.py", database=empty_database).returncode == 0
     with psycopg.connect(empty_database) as connection:
         connection.execute(f"ALTER TABLE users {change}")
-    with Crowded(empty_database) as service:
+    with Service(empty_database) as service:
         emails = "ann@example.com", "bob@example.com"
         assert [service.register(it).status_code for it in emails] == statuses
         until(lambda: why in service.log)  # the traceback comes after the answer
