@@ -283,7 +283,7 @@ def test_tables_not_created(empty_database: str) -> None:
 @pytest.mark.parametrize(
     ("change", "statuses", "why"),
     [
-        ("DROP CONSTRAINT users_email_key", [500, 500], "no unique or exclusion"),
+        ("DROP CONSTRAINT users_email_key", [500], "no unique or exclusion"),
         ("ADD nick text UNIQUE DEFAULT 'none'", [201, 500], "users_nick_key"),
     ],
     ids=["gone", "a second one"],
@@ -296,8 +296,8 @@ def test_the_unique_constraint_of_addresses_alone_decides(
     with psycopg.connect(empty_database) as connection:
         connection.execute(f"ALTER TABLE users {change}")
     with Service(empty_database) as service:
-        emails = "ann@example.com", "bob@example.com"
-        assert [service.register(it).status_code for it in emails] == statuses
+        for name, status in enumerate(statuses):
+            assert service.register(f"{name}@example.com").status_code == status
         until(lambda: why in service.log)  # the traceback comes after the answer
 
 
