@@ -513,7 +513,7 @@ def test_logins_at_twice_the_capacity(database: str) -> None:
         token = service.account(email)
         credentials = {"email": email, "password": PASSWORD}
         process = psutil.Process(service.process.pid)
-        before = sum(process.cpu_times()[:2])
+        before = sum(process.cpu_times()[:2])  # seconds
 
         def log_in() -> httpx.Response | None:
             try:
@@ -529,8 +529,9 @@ def test_logins_at_twice_the_capacity(database: str) -> None:
             if number % 4 == 0:
                 checks += service.at_once(1, service.me, token)
         wait(logins)
-        again = service.login(email)
         spent = sum(process.cpu_times()[:2]) - before
+        again = service.login(email)
+        spent_again = sum(process.cpu_times()[:2]) - before - spent
 
         answers = [login.result() for login in logins]
         assert None not in answers, "somebody waited for nothing"
@@ -544,7 +545,7 @@ def test_logins_at_twice_the_capacity(database: str) -> None:
         assert statuses(checks) == {200: len(checks)}
         assert typical(check.result() for check in checks) < one_hash, "behind logins"
         assert again.status_code == 200
-        assert again.elapsed.total_seconds() < 9 * one_hash, "still hashing for others"
+        assert spent_again < 5 * one_hash, "still hashing for others"
         assert service.register("after-logins@example.com").status_code == 201
 
 
