@@ -112,13 +112,13 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
-    """For run_sync: the user a statement returns, or None. Joins a begun transaction."""
+    """For run_sync: a statement's user, or None. Joins a transaction; ADD_USER ends it."""
     begun = session.in_transaction()
     if session.bind is engine.sync_engine and not begun:  # spares BEGIN and COMMIT
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
     row = session.connection().execute(statement, values).one_or_none()
-    if not begun:
+    if not begun or statement is ADD_USER:
         session.commit()
     return row
 

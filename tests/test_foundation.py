@@ -907,6 +907,7 @@ import pytest
 from fastapi import WebSocketDisconnect
 from fastapi.testclient import TestClient
 from httpx import ASGITransport, AsyncClient
+from sqlalchemy import text
 from sqlalchemy.ext.asyncio import (
     AsyncSession, async_sessionmaker, create_async_engine
 )
@@ -1006,6 +1007,33 @@ async def test_session_maker_on_the_engine_of_the_service(overrides, email):
         await all_three(client, email)
     assert saved(os.environ["DATABASE_URL"], email) == 1
     await engine.dispose()
+
+
+# A transaction that is there before the route: for row level security, say.
+@pytest.mark.parametrize("given", [their_engine, engine], ids=["theirs", "ours"])
+@pytest.mark.parametrize("how", ["a statement", "begin"])
+async def test_session_with_a_transaction(overrides, email, given, how):
+    async def their_session():
+        async with AsyncSession(given) as session:
+            if how == "a statement":
+                await session.execute(text("SELECT set_config('app.id', '1', false)"))
+                yield session
+            else:
+                async with session.begin():
+                    yield session
+
+    overrides[get_session] = their_session
+    async with over_http() as client:
+        who = {"email": email, "password": PASSWORD}
+        registered = await client.post("/auth/register", json=who)
+        assert registered.status_code == 201
+        login = await client.post("/auth/login", json=who)
+        token = {"Authorization": "Bearer " + login.json()["access_token"]}
+        me = await client.get("/auth/me", headers=token)
+        assert me.json() == registered.json()
+    place = THEIRS if given is their_engine else os.environ["DATABASE_URL"]
+    assert saved(place, email) == 1
+    await given.dispose()
 
 
 # "Joining a Session into an External Transaction", as SQLAlchemy has it.
