@@ -63,7 +63,8 @@ def look_at_socket(connection: Any) -> bool:
     return True
 
 
-CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}  # None: for poolers
+# Seconds; and no prepared statements, for a pooler may switch connections.
+CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
 autocommit_engine = create_async_engine(  # the service's own: each statement commits
     settings.DATABASE_URL,
     isolation_level="AUTOCOMMIT",
@@ -76,7 +77,8 @@ autocommit_engine = create_async_engine(  # the service's own: each statement co
     hide_parameters=True,  # or SQLAlchemy's errors would quote hashes
 )
 setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
-engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")  # yours
+# Yours, from the same pool: its sessions and connections begin and commit as usual.
+engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")
 
 
 class Base(DeclarativeBase):
@@ -100,21 +102,17 @@ USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """Yours to commit; closed before the answer. After 14 seconds TimeoutError (503)."""
+    """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
     session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14):  # and up to 10 more to end a hung query
-        try:
-            yield session
-        finally:
-            if session.in_transaction():  # there is a connection to give back
-                await asyncio.shield(session.close())
-            session.sync_session.close()  # for good
+    async with asyncio.timeout(14), session:  # and up to 10 more to end a hung query
+        yield session
 
 
 def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
     """For run_sync: a statement's user, or None. Joins a transaction; ADD_USER ends it."""
     begun = session.in_transaction()
-    if session.bind is engine.sync_engine and not begun:  # spares BEGIN and COMMIT
+    # Spares BEGIN and COMMIT, unless a test gave a session of another engine.
+    if session.bind is engine.sync_engine and not begun:
         with autocommit_engine.sync_engine.connect() as one:
             return one.execute(statement, values).one_or_none()
     row = session.connection().execute(statement, values).one_or_none()
@@ -142,7 +140,7 @@ def normalize_password(password: Any) -> Any:
 
 
 async def hash_password(password: str, salt: str = "") -> str:
-    """The bcrypt hash, with the salt of another if given. 503 if the queue is full."""
+    """The bcrypt hash, with the salt in another hash if given. 503 if queue is full."""
     if places.locked():
         raise HTTPException(503, "Too many logins, try again", {"Retry-After": "5"})
     work = password.encode(), salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
@@ -181,6 +179,7 @@ class Token(BaseModel):
 
 
 # --- Tokens and dependencies: what a route asks for in its signature --------------
+# scope="function": closed when the route returns, before the client is answered.
 SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
 
 
@@ -247,10 +246,11 @@ app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
 @app.exception_handler(RequestValidationError)
-async def invalid(_: Request, error: Any) -> JSONResponse:
+async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
     """422, without what was sent: no password comes back, or into a traceback."""
-    error.errors()[:] = [{k: e[k] for k in FIELD.model_fields} for e in error.errors()]
-    return JSONResponse({"detail": error.errors()}, 422)
+    problems: Any = error.errors()  # changed in place: the error keeps this list
+    problems[:] = [{key: it[key] for key in FIELD.model_fields} for it in problems]
+    return JSONResponse({"detail": problems}, 422)
 
 
 @app.exception_handler(exc.SQLAlchemyError)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import psutil
 import psycopg
 
 ROOT = Path(__file__).parent.parent
@@ -222,6 +223,11 @@ class Service:
     def log(self) -> str:
         """All that the service has printed so far."""
         return self.log_file.read_text()
+
+    @property
+    def spent(self) -> float:
+        """The seconds of processor time that the service has taken so far."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
     def register(self, email: str, password: str = "correct horse") -> httpx.Response:
         return self.http.post(

@@ -239,7 +239,7 @@ def test_every_name_in_the_prose_is_one() -> None:
 @pytest.mark.parametrize(
     ("said", "by"),
     [
-        ("takes more than 14 seconds gets 503", "asyncio.timeout(14):"),
+        ("takes more than 14 seconds gets 503", "asyncio.timeout(14), "),
         ("seconds, when a connection", "and up to 10 more to end a hung query"),
         ("gets 503 with `Retry-After`", '503, {"Retry-After": "5"}'),
         ("after 5 idle minutes", "Neon suspends after 300 idle ones"),
