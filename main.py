@@ -1,175 +1,303 @@
-"""Authentication: register, log in, use the access token. Tables: see init_db.py."""
+"""A minimal authentication service: register, log in, and use an access token.
+
+To protect routes of your own, save this as notes.py in the same folder:
+
+    from uuid import UUID
+
+    from sqlalchemy import ForeignKey
+    from sqlalchemy.orm import Mapped, mapped_column
+
+    from main import Base, CurrentUser, SessionDep, User, app
+
+    class Note(Base):
+        __tablename__ = "notes"
+
+        id: Mapped[int] = mapped_column(primary_key=True)
+        user_id: Mapped[UUID] = mapped_column(ForeignKey(User.id))
+        text: Mapped[str]
+
+    @app.post("/notes")
+    async def add_note(text: str, user: CurrentUser, session: SessionDep) -> int:
+        note = Note(user_id=user.id, text=text)
+        session.add(note)
+        await session.commit()
+        return note.id
+
+Then create its table and start the service:
+
+    python init_db.py notes
+    uvicorn notes:app
+"""
 
 import asyncio
-import gc
 import logging
 import os
+import secrets
 import sys
+import unicodedata
 from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
-from hmac import compare_digest
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
-from unicodedata import normalize
 from uuid import UUID
 
 import bcrypt
 import jwt
-import pydantic
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.requests import HTTPConnection
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPBearer
-from psycopg.errors import ReadOnlySqlTransaction, UndefinedTable
-from pydantic import AfterValidator, BaseModel, BeforeValidator, EmailStr, Field
-from sqlalchemy import DateTime, bindparam, exc, func, select
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from psycopg.errors import UndefinedTable
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    EmailStr,
+    Field,
+    PostgresDsn,
+    ValidationError,
+)
+from sqlalchemy import DateTime, Executable, bindparam, func, select, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.engine import Row, make_url
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from starlette.middleware.body_limit import RequestBodyLimitMiddleware
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-log = logging.getLogger("auth")
-gc.set_threshold(10_000)  # collect after so many objects: token checks take 7 % less
+logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+logger = logging.getLogger("auth")
+logger.setLevel(logging.INFO)
 
 
-# --- Settings: environment variables ----------------------------------------------
-class Settings(BaseModel):  # a description says what is wrong, and what to do
-    DATABASE_URL: str = Field(
-        pattern=r"^postgresql://([^\s@/]+@)?([\w-]+\.?)*(:\d+)?([/?][^\s@]*)?$",
-        description="is no postgresql:// URL, load .env: set -a; . ./.env; set +a",
+# --- Settings -------------------------------------------------------------------------
+class Settings(BaseModel):
+    """The environment variables. A description is printed when its value is wrong."""
+
+    DATABASE_URL: PostgresDsn = Field(
+        description="a URL such as postgresql://user:password@host/database"
     )
-    JWT_SECRET: bytes = Field(  # RFC 7518 §3.2
-        min_length=32, description="needs 32 bytes, load .env, or: openssl rand -hex 32"
+    # HS256 needs a key of at least 32 bytes (RFC 7518, section 3.2).
+    JWT_SECRET: str = Field(
+        min_length=32,
+        pattern=r"^\S+$",
+        description="32 characters or more and no blank, from: openssl rand -hex 32",
     )
-    ACCESS_TOKEN_MINUTES: int = Field(30, ge=1, description="is not 1 or more")
-    BCRYPT_ROUNDS: int = Field(12, ge=4, le=31, description="is not from 4 to 31")
+    ACCESS_TOKEN_MINUTES: int = Field(
+        30, ge=1, le=525_600, description="minutes, from 1 to 525600 (a year)"
+    )
+    # Each step up doubles the time that one password takes to hash.
+    BCRYPT_ROUNDS: int = Field(12, ge=4, le=16, description="a number from 4 to 16")
 
 
 try:
     settings = Settings.model_validate(dict(os.environ))
-except pydantic.ValidationError as error:
-    for name in [str(problem["loc"][0]) for problem in error.errors()]:
-        print("error:", name, Settings.model_fields[name].description, file=sys.stderr)
-    sys.exit(3)  # uvicorn's own for a failed start: --workers gives up, too
+except ValidationError as error:
+    # Pydantic's messages never contain the value, which may be a secret.
+    for problem in error.errors():
+        name = str(problem["loc"][0])
+        expected = Settings.model_fields[name].description
+        print(f"error: {name}: {problem['msg']}; expected {expected}", file=sys.stderr)
+    print("To load the settings from .env: set -a; . ./.env; set +a", file=sys.stderr)
+    # With this status uvicorn stops, instead of starting a new worker again and again.
+    sys.exit(3)
 
 
-# --- Database ---------------------------------------------------------------------
-def look_at_socket(connection: Any) -> bool:
-    """True if a connection is open, without a round trip; if not, psycopg raises."""
-    for _ in range(2):  # the server's goodbye, if any, then the end of the stream
-        connection.driver_connection.pgconn.consume_input()
-    return True
+# --- Database -------------------------------------------------------------------------
 
+# The driver is psycopg, version 3. SQLAlchemy would take another one by default.
+DATABASE_URL = make_url(str(settings.DATABASE_URL)).set(drivername="postgresql+psycopg")
+CONNECT_ARGS: dict[str, Any] = {
+    "connect_timeout": 8,  # seconds
+    # A pooler such as Neon's may send each transaction over another connection, on
+    # which a statement that was prepared earlier does not exist.
+    "prepare_threshold": None,
+}
+ENGINE_OPTIONS: dict[str, Any] = {
+    "connect_args": CONNECT_ARGS,
+    "pool_size": 10,
+    "max_overflow": 0,
+    "pool_timeout": 5,  # seconds to wait for a free connection
+    "pool_pre_ping": True,  # Neon closes idle connections, so test before each use.
+    "hide_parameters": True,  # Error messages must not contain hashes.
+}
 
-# Seconds; and no prepared statements, for a pooler may switch connections.
-CONNECT_ARGS = {"connect_timeout": 10, "prepare_threshold": None}
-autocommit_engine = create_async_engine(  # the service's own: each statement commits
-    settings.DATABASE_URL,
-    isolation_level="AUTOCOMMIT",
-    skip_autocommit_rollback=True,
-    connect_args=CONNECT_ARGS,
-    pool_size=20,
-    max_overflow=0,
-    pool_recycle=280,  # seconds of age; Neon suspends after 300 idle ones
-    pool_pre_ping=True,  # by look_at_socket
-    hide_parameters=True,  # or SQLAlchemy's errors would quote hashes
+# For the sessions of your own routes.
+engine = create_async_engine(DATABASE_URL, **ENGINE_OPTIONS)
+# For the routes of this file. Each of them runs single queries, which need no BEGIN and
+# COMMIT: that saves two of four round trips to the database. These connections are
+# separate, so that slow routes of yours can never make a login wait for one.
+autocommit_engine = create_async_engine(
+    DATABASE_URL, isolation_level="AUTOCOMMIT", **ENGINE_OPTIONS
 )
-setattr(autocommit_engine.dialect, "do_ping", look_at_socket)  # noqa: B010
-# Yours, from the same pool: its sessions and connections begin and commit as usual.
-engine = autocommit_engine.execution_options(isolation_level="READ COMMITTED")
 
 
 class Base(DeclarativeBase):
-    type_annotation_map = {datetime: DateTime(timezone=True)}  # noqa: RUF012
+    """The base class of all tables."""
 
 
 class User(Base):
     __tablename__ = "users"
+
     id: Mapped[UUID] = mapped_column(
         primary_key=True, server_default=func.gen_random_uuid()
     )
     email: Mapped[str] = mapped_column(unique=True)
     hashed_password: Mapped[str]
     is_active: Mapped[bool] = mapped_column(server_default="true")
-    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    created_at: Mapped[datetime] = mapped_column(
+        DateTime(timezone=True), server_default=func.now()
+    )
 
 
-ADD_USER = insert(User).on_conflict_do_nothing(index_elements=["email"]).returning(User)
-USER_BY_EMAIL = select(User).where(User.is_active, User.email == bindparam("email"))
-USER_BY_ID = select(User).where(User.is_active, User.id == bindparam("id"))
+def unavailable(detail: str) -> HTTPException:
+    """A 503, which asks the client to try again after five seconds."""
+    return HTTPException(503, detail, {"Retry-After": "5"})
+
+
+def describe_database_error(error: Exception) -> str:
+    """One line for the log that says what went wrong, without the values of any row."""
+    if isinstance(error, TimeoutError):
+        return "no answer within 10 seconds"
+    # The driver's own error is in .orig, except when SQLAlchemy itself raised the error.
+    cause = getattr(error, "orig", error)
+    # PostgreSQL may quote the row in the lines after the first.
+    first_line = str(cause).partition("\n")[0]
+    if isinstance(cause, UndefinedTable):
+        return f"{first_line}; run: python init_db.py"
+    return first_line
+
+
+async def fetch_one(
+    query: Executable, parameters: dict[str, Any] | None = None
+) -> Row[Any] | None:
+    """Run one query that commits by itself, and give its row, or None without a row.
+
+    The row has the columns as attributes. It is not an object of a session, so a change
+    to it would not be saved. Raises a 503 whenever the database does not answer.
+    """
+    try:
+        # 10 seconds in all: to get a connection, to test it and to run the query.
+        async with asyncio.timeout(10), autocommit_engine.connect() as connection:
+            result = await connection.execute(query, parameters)
+            return result.one_or_none()
+    except (SQLAlchemyError, TimeoutError) as error:
+        logger.error("database unavailable: %s", describe_database_error(error))
+        raise unavailable("Database unavailable, try again later") from error
 
 
 async def get_session() -> AsyncIterator[AsyncSession]:
-    """Your session: commit it yourself. After 14 seconds TimeoutError, a 503."""
-    session = AsyncSession(engine, expire_on_commit=False, close_resets_only=False)
-    async with asyncio.timeout(14), session:  # and up to 10 more to end a hung query
+    """Give a SQLAlchemy session, in which nothing is saved until you commit it.
+
+    It may be used as long as the route takes. It waits at most 5 seconds for a
+    connection, and without limit for the answer to a query.
+    """
+    # Without expire_on_commit=False, reading an object after a commit would need another
+    # query, which an async session cannot run on its own.
+    async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session
 
 
-def fetch_user(session: Session, /, statement: Any, **values: Any) -> Any:
-    """For run_sync: a statement's user, or None. Joins a transaction; ADD_USER ends it."""
-    begun = session.in_transaction()
-    # Spares BEGIN and COMMIT, unless a test gave a session of another engine.
-    if session.bind is engine.sync_engine and not begun:
-        with autocommit_engine.sync_engine.connect() as one:
-            return one.execute(statement, values).one_or_none()
-    row = session.connection().execute(statement, values).one_or_none()
-    if not begun or statement is ADD_USER:
-        session.commit()
-    return row
+# --- Passwords ------------------------------------------------------------------------
+
+# Hashing keeps one core busy, so more hashes at once than cores would not be faster. The
+# limit of 4 is for containers, which often see all the cores of a machine but may use few.
+hashing_slots = asyncio.Semaphore(min(os.cpu_count() or 1, 4))
+
+# The beginning of each hash that is made here: the version of bcrypt and its cost.
+HASH_PREFIX = f"$2b${settings.BCRYPT_ROUNDS:02}$"
+
+# A login with an unknown email is checked against this hash, which no password matches.
+# It then takes as long as one with a known email, and does not tell which is which.
+DUMMY_HASH = bcrypt.hashpw(
+    secrets.token_bytes(32), bcrypt.gensalt(settings.BCRYPT_ROUNDS)
+).decode()
 
 
-# --- Passwords: bcrypt ------------------------------------------------------------
-# One thread for each core, at nice 5, so that the event loop goes on, and goes first.
-be_nice = (lambda: os.nice(5)) if sys.platform == "linux" else None
-cores = ThreadPoolExecutor(os.cpu_count(), initializer=be_nice)
-places = asyncio.Semaphore(9 * (os.cpu_count() or 1))  # 3 seconds of work at cost 12
-# For an address nobody has: equal time hides that, and no password gives this hash.
-NOBODYS_HASH = bcrypt.gensalt(settings.BCRYPT_ROUNDS).decode() + 31 * "."
+def normalize_password(password: str) -> str:
+    """Give the same text for "é" in one character as for "e" and an accent.
+
+    Keyboards differ in which of the two they send (NIST SP 800-63B-4). Raises
+    ValueError for a password that bcrypt could not tell from others: it reads no more
+    than 72 bytes, and a NUL character ends a password.
+    """
+    password = unicodedata.normalize("NFC", password)
+    if len(password.encode()) > 72 or "\0" in password:
+        raise ValueError("must be 72 bytes of UTF-8 or fewer, without NUL characters")
+    return password
 
 
-def normalize_password(password: Any) -> Any:
-    """One spelling for all keyboards: Unicode's composed form (NIST SP 800-63B-4)."""
-    if isinstance(password, str):
-        password = normalize("NFC", password[:109])  # 108 may shrink to 72 bytes
-        if len(password.encode()) > 72 or "\0" in password:  # surrogates raise too
-            raise ValueError("password is longer than 72 bytes of UTF-8, or has a NUL")
-    return password  # fits the 72 bytes that bcrypt reads
+@asynccontextmanager
+async def hashing_slot() -> AsyncIterator[None]:
+    """Hold one of the slots. Raises a 503 if none becomes free within 3 seconds."""
+    try:
+        async with asyncio.timeout(3):
+            await hashing_slots.acquire()
+    except TimeoutError as error:
+        logger.error("too many logins: waited 3 seconds to hash a password")
+        raise unavailable("Too many logins, try again later") from error
+    try:
+        yield
+    finally:
+        hashing_slots.release()
 
 
-async def hash_password(password: str, salt: str = "") -> str:
-    """The bcrypt hash, with the salt in another hash if given. 503 if queue is full."""
-    if places.locked():
-        raise HTTPException(503, "Too many logins, try again", {"Retry-After": "5"})
-    work = password.encode(), salt.encode() or bcrypt.gensalt(settings.BCRYPT_ROUNDS)
-    async with places:
-        return (await asyncio.wrap_future(cores.submit(bcrypt.hashpw, *work))).decode()
+async def hash_password(password: str) -> str:
+    """Give the bcrypt hash of a password. Raises a 503 if too many are waiting."""
+    salt = bcrypt.gensalt(settings.BCRYPT_ROUNDS)
+    async with hashing_slot():
+        # In a thread, so that other requests are answered meanwhile.
+        hashed = await asyncio.to_thread(bcrypt.hashpw, password.encode(), salt)
+    return hashed.decode()
 
 
-# --- Schemas: what comes in, what goes out ----------------------------------------
-Email = Annotated[EmailStr, AfterValidator(lambda it: normalize("NFC", it.lower()))]
-Password = Annotated[str, BeforeValidator(normalize_password), Field(max_length=72)]
+async def verify_password(password: str, hashed_password: str) -> bool:
+    """Tell whether a hash is that of the password. Raises a 503 if too many are waiting."""
+    secret, hashed = password.encode(), hashed_password.encode()
+    async with hashing_slot():
+        try:
+            return await asyncio.to_thread(bcrypt.checkpw, secret, hashed)
+        except ValueError:
+            # The hash was not made by bcrypt. Refusing it takes as long as any other.
+            await asyncio.to_thread(bcrypt.checkpw, secret, DUMMY_HASH.encode())
+            return False
+
+
+async def renew_hash(user_id: UUID, password: str, old_hash: str) -> None:
+    """Store a new hash, unless the password was changed meanwhile. Only log a failure."""
+    try:
+        update_hash = (
+            update(User)
+            .where(User.id == user_id, User.hashed_password == old_hash)
+            .values(hashed_password=await hash_password(password))
+            .returning(User.id)
+        )
+        await fetch_one(update_hash)
+    except HTTPException:
+        logger.warning("hash not renewed, the next login tries again: %s", user_id)
+
+
+# --- What comes in and what goes out --------------------------------------------------
+Email = Annotated[EmailStr, AfterValidator(str.lower)]
+Password = Annotated[str, Field(max_length=72), AfterValidator(normalize_password)]
 
 
 class Credentials(BaseModel):
-    email: Email = Field(max_length=254, examples=["ann@example.com"])
+    email: Email = Field(examples=["ann@example.com"])
     password: Password = Field(examples=["correct horse"])
 
 
 class Registration(Credentials):
+    # The minimum is added to the rules of Password. A login has none: a password that
+    # is too short is simply wrong.
     password: Password = Field(min_length=8, examples=["correct horse"])
 
 
-class UserOut(BaseModel, from_attributes=True):
+class UserOut(BaseModel, frozen=True, from_attributes=True):
+    """A read-only copy of a user without the hash."""
+
     id: UUID
     email: str
     is_active: bool
     created_at: datetime
-
-    def __setattr__(self, name: str, value: object) -> None:
-        raise TypeError("a copy: change `await session.get(User, user.id)` instead")
 
 
 class Token(BaseModel):
@@ -178,123 +306,141 @@ class Token(BaseModel):
     expires_in: int = Field(description="seconds")
 
 
-# --- Tokens and dependencies: what a route asks for in its signature --------------
-# scope="function": closed when the route returns, before the client is answered.
-SessionDep = Annotated[AsyncSession, Depends(get_session, scope="function")]
+class ErrorOut(BaseModel):
+    detail: str
 
 
-def issue_token(user_id: UUID) -> Token:
-    """An access token for a user, good for ACCESS_TOKEN_MINUTES from now."""
-    now, seconds = int(datetime.now().timestamp()), 60 * settings.ACCESS_TOKEN_MINUTES
-    claims = {"sub": str(user_id), "iat": now, "exp": now + seconds}
-    token = jwt.encode(claims, settings.JWT_SECRET, "HS256")
-    return Token(access_token=token, token_type="bearer", expires_in=seconds)
+# --- Access tokens --------------------------------------------------------------------
+def create_access_token(user_id: UUID) -> str:
+    """Give a signed token that names a user, valid for ACCESS_TOKEN_MINUTES."""
+    expires = datetime.now(UTC) + timedelta(minutes=settings.ACCESS_TOKEN_MINUTES)
+    claims = {"sub": str(user_id), "exp": expires}
+    return jwt.encode(claims, settings.JWT_SECRET, algorithm="HS256")
 
 
-def unauthorized(detail: str, error: str = "") -> HTTPException:
-    """A 401 with its challenge; `error` only when a token was sent (RFC 6750 §3)."""
-    challenge = 'Bearer realm="auth"' + (f', error="{error}"' if error else "")
-    return HTTPException(401, detail, {"WWW-Authenticate": challenge})
+def invalid_token() -> HTTPException:
+    """The 401 for a token that was sent and is not accepted (RFC 6750, section 3)."""
+    challenge = {"WWW-Authenticate": 'Bearer error="invalid_token"'}
+    return HTTPException(401, "Invalid access token", challenge)
 
 
-class BearerToken(HTTPBearer):
-    async def __call__(self, request: HTTPConnection) -> UUID:  # type: ignore[override]
-        """The token's user id, not looked up; WebSockets' too. 401 if none or bad."""
-        if not (sent := await super().__call__(request)):
-            raise unauthorized("Not authenticated")
-        token, key, need = sent.credentials, settings.JWT_SECRET, ["sub", "iat", "exp"]
-        try:  # the algorithm is ours to say, never the token's (RFC 8725 §3.1)
-            return UUID(jwt.decode(token, key, ["HS256"], {"require": need})["sub"])
-        except (jwt.InvalidTokenError, ValueError):
-            raise unauthorized("Invalid access token", "invalid_token") from None
+def read_access_token(token: str) -> UUID:
+    """Give the id of the user whom a token names. Raises a 401 if it is not valid."""
+    try:
+        claims = jwt.decode(
+            token,
+            settings.JWT_SECRET,
+            # Never trust the algorithm that the token itself names (RFC 8725, 3.1).
+            algorithms=["HS256"],
+            options={"require": ["sub", "exp"]},
+        )
+        return UUID(claims["sub"])
+    except (jwt.InvalidTokenError, ValueError) as error:
+        raise invalid_token() from error
 
 
-get_current_user_id = BearerToken(auto_error=False, description="Paste an access_token")
-CurrentUserId = Annotated[UUID, Depends(get_current_user_id)]
+# --- Dependencies for routes ----------------------------------------------------------
+SessionDep = Annotated[AsyncSession, Depends(get_session)]
+
+# Every request with a token runs this query, so it is built only once.
+SELECT_USER_BY_ID = select(User).where(User.id == bindparam("user_id"))
 
 
-async def get_current_user(user_id: CurrentUserId, session: SessionDep) -> UserOut:
-    """The active user whom the access token names. Raises 401 if there is none."""
-    if user := await session.run_sync(fetch_user, USER_BY_ID, id=user_id):
-        return UserOut.model_validate(user)
-    raise unauthorized("Invalid access token", "invalid_token")
+async def get_current_user(
+    credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())],
+) -> UserOut:
+    """Give the active user whom the access token names.
+
+    Raises a 401 if the token is missing (by HTTPBearer), if it is not valid, or if its
+    user is gone or inactive, and a 503 if the database does not answer.
+    """
+    user_id = read_access_token(credentials.credentials)
+    row = await fetch_one(SELECT_USER_BY_ID, {"user_id": user_id})
+    if row is None or not row.is_active:
+        raise invalid_token()
+    return UserOut.model_validate(row)
 
 
+# To change the account, a route also asks for a session:
+# account = await session.get_one(User, user.id)
 CurrentUser = Annotated[UserOut, Depends(get_current_user)]
 
 
-# --- Application and its errors ---------------------------------------------------
-TEXT: dict[str, Any] = {"model": pydantic.create_model("Error", detail=str)}
-FIELD = pydantic.create_model("Field", type=str, loc=list[str | int], msg=str)
-INVALID = {"model": pydantic.create_model("Invalid", detail=list[FIELD])}  # type: ignore
-BAD: dict[int | str, dict[str, Any]] = {400: TEXT, 422: INVALID}
-NO_TOKEN: dict[str, Any] = {"tags": ["auth"], "openapi_extra": {"security": []}}
-REMEDIES = {  # for what does not pass by itself, by the words of PostgreSQL and Neon
-    "password authentication failed": "correct it in DATABASE_URL",
-    "failed: endpoint": "see the endpoint and its quotas in Neon's console",
-    "is not allowed to connect": "allow it in Neon's console",
-}
-TRANSIENT = exc.OperationalError, exc.InterfaceError, exc.TimeoutError, TimeoutError
+# --- Routes ---------------------------------------------------------------------------
 app = FastAPI(
-    title="Authentication: register, log in, get an access token, use it",
-    on_shutdown=[autocommit_engine.dispose],
-    redirect_slashes=False,  # to whatever the Host header says
-    generate_unique_id_function=lambda route: route.name,  # for generated clients
-    responses={413: {"description": "Over 16 KiB"}, 503: TEXT},
+    title="Authentication: register, log in, use the access token",
+    max_body_size=16 * 1024,  # bytes
+    # A redirect of POST /auth/login/ could send the password to another host.
+    redirect_slashes=False,
+    # Generated clients then have register(), not register_auth_register_post().
+    generate_unique_id_function=lambda route: route.name,
+    on_shutdown=[engine.dispose, autocommit_engine.dispose],
+    responses={
+        413: {"description": "The body has more than 16 KiB"},
+        503: {"model": ErrorOut},
+    },
 )
-app.add_middleware(RequestBodyLimitMiddleware, max_body_size=16 * 1024)  # bytes
 
 
-@app.exception_handler(RequestValidationError)
-async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-    """422, without what was sent: no password comes back, or into a traceback."""
-    problems: Any = error.errors()  # changed in place: the error keeps this list
-    problems[:] = [{key: it[key] for key in FIELD.model_fields} for it in problems]
-    return JSONResponse({"detail": problems}, 422)
-
-
-@app.exception_handler(exc.SQLAlchemyError)
-@app.exception_handler(TimeoutError)
-async def unavailable(_: Request, error: Exception) -> JSONResponse:
-    """503 for transient errors, and the log says why. Other errors of SQL are a 500."""
-    cause, advice = getattr(error, "orig", error), "try again"
-    if isinstance(cause, UndefinedTable):
-        advice = "run: python init_db.py"
-    elif not isinstance(error, TRANSIENT) and type(cause) is not ReadOnlySqlTransaction:
-        raise error
-    why = str(cause).partition("\n")[0] or "no answer in time"  # without row values
-    remedy = next((REMEDIES[words] for words in REMEDIES if words in why), advice)
-    log.error(f"unavailable: {engine.url.host}: {why}; {remedy}, or see README.md")
-    return JSONResponse({"detail": f"Unavailable, {advice}"}, 503, {"Retry-After": "5"})
-
-
-# --- Routes: yours go into notes.py: `from main import app`; run: uvicorn notes:app
-@app.post("/auth/register", status_code=201, responses=BAD | {409: TEXT}, **NO_TOKEN)
-async def register(new: Registration, session: SessionDep) -> UserOut:
-    """Create an account. A password has 8 characters to 72 bytes."""
-    values = {"email": new.email, "hashed_password": await hash_password(new.password)}
-    user = await session.run_sync(fetch_user, ADD_USER, **values)  # connects only now
-    if user is None:
-        log.info("registration refused, taken: %a", new.email)
+@app.post("/auth/register", status_code=201, responses={409: {"model": ErrorOut}})
+async def register(registration: Registration) -> UserOut:
+    """Create an account. The password has 8 characters or more, and at most 72 bytes."""
+    hashed_password = await hash_password(registration.password)
+    # Looking for the email first would not be safe: two requests could both find it free.
+    insert_user = (
+        insert(User)
+        .values(email=registration.email, hashed_password=hashed_password)
+        .on_conflict_do_nothing(index_elements=[User.email])
+        .returning(User)
+    )
+    row = await fetch_one(insert_user)
+    if row is None:
+        logger.info("registration refused, email is taken: %s", registration.email)
         raise HTTPException(409, "Email already registered")
-    log.info("registered: %a as %s", user.email, user.id)
-    return UserOut.model_validate(user)
+    logger.info("registered: %s as %s", row.email, row.id)
+    return UserOut.model_validate(row)
 
 
-@app.post("/auth/login", responses=BAD | {401: TEXT}, **NO_TOKEN)
-async def login(who: Credentials, session: SessionDep, response: Response) -> Token:
+@app.post("/auth/login", responses={401: {"model": ErrorOut}})
+async def login(credentials: Credentials, response: Response) -> Token:
     """Exchange an email and a password for an access token."""
-    user = await session.run_sync(fetch_user, USER_BY_EMAIL, email=who.email)
-    known = user.hashed_password if user else NOBODYS_HASH
-    if not compare_digest(await hash_password(who.password, known), known) or not user:
-        log.info("login refused: %a", who.email)
-        raise unauthorized("Wrong email or password")
-    log.info("logged in: %s", user.id)
-    response.headers["Cache-Control"] = "no-store"  # RFC 6749 §5.1
-    return issue_token(user.id)
+    row = await fetch_one(select(User).where(User.email == credentials.email))
+    hashed_password = row.hashed_password if row else DUMMY_HASH
+    is_right = await verify_password(credentials.password, hashed_password)
+    if row is None or not row.is_active or not is_right:
+        logger.info("login refused: %s", credentials.email)
+        # One answer for all three, so that it does not tell which of them it was.
+        challenge = {"WWW-Authenticate": "Bearer"}
+        raise HTTPException(401, "Wrong email or password", challenge)
+    # The hash was made before BCRYPT_ROUNDS was changed, or by another program.
+    if not row.hashed_password.startswith(HASH_PREFIX):
+        await renew_hash(row.id, credentials.password, row.hashed_password)
+    logger.info("logged in: %s", row.id)
+    response.headers["Cache-Control"] = "no-store"  # RFC 6749, section 5.1
+    return Token(
+        access_token=create_access_token(row.id),
+        token_type="bearer",
+        expires_in=60 * settings.ACCESS_TOKEN_MINUTES,
+    )
 
 
-@app.get("/auth/me", tags=["auth"], responses={401: TEXT})
+@app.get("/auth/me", responses={401: {"model": ErrorOut}})
 async def me(user: CurrentUser) -> UserOut:
-    """The user whom the access token names."""
+    """Give the user whom the access token names: the example of a protected route."""
     return user
+
+
+# --- Errors ---------------------------------------------------------------------------
+@app.exception_handler(RequestValidationError)
+async def invalid_request(
+    request: Request, error: RequestValidationError
+) -> JSONResponse:
+    """A 422 that names each wrong field, without what was sent for it.
+
+    What was sent may be a password. It is removed from the error itself, so that a
+    traceback in the log would not show it either.
+    """
+    for problem in error.errors():
+        problem.pop("input", None)
+        problem.pop("ctx", None)
+    return JSONResponse({"detail": error.errors()}, 422)

