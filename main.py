@@ -35,8 +35,8 @@ import os
 import secrets
 import sys
 import unicodedata
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
@@ -198,9 +198,9 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 # --- Passwords ------------------------------------------------------------------------
 
-# Hashing keeps one core busy, so more hashes at once than cores would not be faster. The
-# limit of 4 is for containers, which often see all the cores of a machine but may use few.
-hashing_slots = asyncio.Semaphore(min(os.cpu_count() or 1, 4))
+# A hash keeps one core busy for a quarter of a second, so more threads than cores would
+# not make it faster. A container may see more cores than it can use: hence at most 4.
+hashing_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
 
 # The beginning of each hash that is made here: the version of bcrypt and its cost.
 HASH_PREFIX = f"$2b${settings.BCRYPT_ROUNDS:02}$"
@@ -225,40 +225,38 @@ def normalize_password(password: str) -> str:
     return password
 
 
-@asynccontextmanager
-async def hashing_slot() -> AsyncIterator[None]:
-    """Hold one of the slots. Raises a 503 if none becomes free within 3 seconds."""
-    try:
-        async with asyncio.timeout(3):
-            await hashing_slots.acquire()
-    except TimeoutError as error:
-        logger.error("too many logins: waited 3 seconds to hash a password")
-        raise unavailable("Too many logins, try again later") from error
-    try:
-        yield
-    finally:
-        hashing_slots.release()
+async def run_in_hashing_thread(function: Callable[..., Any], *arguments: bytes) -> Any:
+    """Run a function of bcrypt's in a thread, so that other requests go on meanwhile.
+
+    Gives what the function returns. Raises a 503 if no thread is free within 3 seconds.
+    """
+    job = hashing_threads.submit(function, *arguments)
+    result = asyncio.wrap_future(job)
+    await asyncio.wait([result], timeout=3)
+    # Only a job that has not begun can be cancelled. One that has begun is waited for.
+    if job.cancel():
+        logger.error("too many logins: no thread was free to hash within 3 seconds")
+        raise unavailable("Too many logins, try again later")
+    return await result
 
 
 async def hash_password(password: str) -> str:
-    """Give the bcrypt hash of a password. Raises a 503 if too many are waiting."""
+    """Give the bcrypt hash of a password. Raises a 503 if too many others are waiting."""
     salt = bcrypt.gensalt(settings.BCRYPT_ROUNDS)
-    async with hashing_slot():
-        # In a thread, so that other requests are answered meanwhile.
-        hashed = await asyncio.to_thread(bcrypt.hashpw, password.encode(), salt)
+    hashed: bytes = await run_in_hashing_thread(bcrypt.hashpw, password.encode(), salt)
     return hashed.decode()
 
 
 async def verify_password(password: str, hashed_password: str) -> bool:
-    """Tell whether a hash is that of the password. Raises a 503 if too many are waiting."""
-    secret, hashed = password.encode(), hashed_password.encode()
-    async with hashing_slot():
-        try:
-            return await asyncio.to_thread(bcrypt.checkpw, secret, hashed)
-        except ValueError:
-            # The hash was not made by bcrypt. Refusing it takes as long as any other.
-            await asyncio.to_thread(bcrypt.checkpw, secret, DUMMY_HASH.encode())
-            return False
+    """Tell if a hash is that of a password. Raises a 503 if too many others are waiting."""
+    arguments = password.encode(), hashed_password.encode()
+    try:
+        is_right: bool = await run_in_hashing_thread(bcrypt.checkpw, *arguments)
+    except ValueError:
+        # The hash is not one of bcrypt's. Refusing it must take as long as any other.
+        await hash_password(password)
+        return False
+    return is_right
 
 
 async def renew_hash(user_id: UUID, password: str, old_hash: str) -> None:

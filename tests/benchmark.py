@@ -25,7 +25,9 @@ from statistics import median, quantiles
 
 import bcrypt
 import psutil
-from harness import Postgres, Service, fresh_database, run
+from support.command import run
+from support.postgres import Postgres, fresh_database
+from support.service import Service
 
 CORES = os.cpu_count() or 1
 QUICK = "--quick" in sys.argv  # only to see that all of it works

@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator
 
-import psycopg
 import pytest
-from harness import Postgres, Service, fresh_database, run
+from support.command import run
+from support.postgres import Postgres, fresh_database
+from support.service import Service
 
 
 @pytest.fixture(scope="session")
@@ -25,12 +26,18 @@ def empty_database(server: str) -> Iterator[str]:
         yield database
 
 
+@pytest.fixture
+def tables(empty_database: str) -> str:
+    """The URL of a database with its tables, one for each test."""
+    run("python", "init_db.py", database=empty_database).check_returncode()
+    return empty_database
+
+
 @pytest.fixture(scope="module")
 def database(server: str) -> Iterator[str]:
     """The URL of a database with its tables, one for each file of tests."""
     with fresh_database(server) as database:
-        made = run("python", "init_db.py", database=database)
-        assert made.returncode == 0, made.stderr
+        run("python", "init_db.py", database=database).check_returncode()
         yield database
 
 
@@ -39,12 +46,3 @@ def service(database: str) -> Iterator[Service]:
     """The running service on that database."""
     with Service(database) as service:
         yield service
-
-
-@pytest.fixture
-def tables(server: str, database: str) -> Iterator[str]:
-    """The URL of a database with its tables, one for each test, while nobody uses `database`."""
-    with psycopg.connect(database) as connection:
-        name = connection.info.dbname
-    with fresh_database(server, like=name) as copy:
-        yield copy

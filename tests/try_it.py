@@ -13,7 +13,8 @@ from typing import NoReturn
 sys.dont_write_bytecode = True  # before the import below could leave a folder
 
 import psutil
-from harness import POSTGRES_BIN, ROOT, Postgres, environment, fresh_database
+from support.command import ROOT, environment
+from support.postgres import POSTGRES_BIN, Postgres, fresh_database
 
 HINTS = """
 The service is running. In a second terminal, in this folder, paste:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pexpect
-from harness import POSTGRES_BIN, ROOT
 from sybil import Document, Example, Region
 from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+from support.command import ROOT
+from support.postgres import POSTGRES_BIN
 
 README = ROOT / "README.md"
 PATIENCE = 120  # seconds without a word, before the reader gives up

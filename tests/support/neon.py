@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from harness import Postgres
-from pooler import PgBouncer, make_certificate, system_postgres
+from support.pgbouncer import PgBouncer
+from support.postgres import Postgres, make_certificate, system_postgres
 
 DOMAIN = "eu-central-1.aws.neon.tech"
 CANCEL_REQUEST, VERSION_3 = 80877102, 196608
