@@ -2,6 +2,7 @@
 -- It only reads. It fails with status 3 if the table is not there.
 
 \set ON_ERROR_STOP on
+\set QUIET on
 \pset pager off
 
 \echo 'The columns'
