@@ -374,6 +374,7 @@ app = FastAPI(
     generate_unique_id_function=lambda route: route.name,
     on_shutdown=[engine.dispose, autocommit_engine.dispose],
     responses={
+        400: {"model": ErrorOut, "description": "The body is not UTF-8"},
         413: {"description": "The body has more than 16 KiB"},
         503: {"model": ErrorOut},
     },

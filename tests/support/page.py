@@ -1,5 +1,6 @@
 """A reader of the README, who types what it says at real terminals and sees what they print."""
 
+import ast
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from doctest import DONT_ACCEPT_BLANKLINE, ELLIPSIS, OutputChecker
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 import pexpect
@@ -57,6 +59,13 @@ def same(expected: str, printed: str) -> bool:
     return OutputChecker().check_output(
         expected, printed, ELLIPSIS | DONT_ACCEPT_BLANKLINE
     )
+
+
+def docstring_example() -> str:
+    """The notes.py in the docstring of main.py."""
+    docstring = ast.get_docstring(ast.parse((ROOT / "main.py").read_text()))
+    example = docstring.partition("same folder:\n")[2].partition("Then create")[0]
+    return dedent(example).lstrip()
 
 
 # --- The README's blocks
