@@ -1,126 +1,44 @@
-"""The walkthrough on a throw-away PostgreSQL: no account, no installation, nothing left behind."""
+"""Try the service on a throw-away PostgreSQL: python3 tests/try_it.py [--port 8001]
 
-import argparse
-import secrets
-import signal
-import socket
-import subprocess
-import sys
-import time
-from types import FrameType
-from typing import NoReturn
-
-sys.dont_write_bytecode = True  # before the import below could leave a folder
-
-import psutil
-from support.command import ROOT, environment
-from support.postgres import POSTGRES_BIN, Postgres, fresh_database
-
-HINTS = """
-The service is running. In a second terminal, in this folder, paste:
-
-API=http://127.0.0.1:{port}
-JSON='Content-Type: application/json'
-ANN='{{"email": "ann@example.com", "password": "correct horse"}}'
-curl -w '\\n' $API/auth/register -H "$JSON" -d "$ANN"
-TOKEN=$(curl -s $API/auth/login -H "$JSON" -d "$ANN" | sed 's/.*"access_token":"\\([^"]*\\)".*/\\1/')
-echo $TOKEN
-curl -w '\\n' $API/auth/me -H "Authorization: Bearer $TOKEN"
-
-To look into the database from there:
-
-export DATABASE_URL='{database}' PATH="$PATH:{bin}"
-psql "$DATABASE_URL" -f verify.sql
-
-Ctrl-C here stops everything and leaves nothing behind.
+Nothing has to be installed before, and nothing is left behind but .venv with the packages.
 """
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 
-def interrupt(_signal: int, _frame: FrameType | None) -> NoReturn:
-    """End as Ctrl-C does."""
-    raise KeyboardInterrupt
-
-
-def is_taken(port: int) -> bool:
-    """Whether something listens on a port of 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            return True
-    return False
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+OLDEST = (3, 11)  # the oldest version of Python that will do
 
 
-def listens(process: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether this very process, and no other program, listens on a port."""
-    try:
-        sockets = psutil.Process(process.pid).net_connections("inet")
-    except psutil.Error:
-        return False
-    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
-
-
-def serve(database: str, port: int) -> None:
-    """Run the walkthrough's own commands, then wait for the service to end."""
-    settings = environment(
-        database,
-        JWT_SECRET=secrets.token_hex(32),
-        ACCESS_TOKEN_MINUTES="30",
-        BCRYPT_ROUNDS="12",
-    )
-    settings["PATH"] += f":{POSTGRES_BIN}"
-
-    def start(command: str) -> subprocess.Popen[bytes]:
-        print(f"\n$ {command}", flush=True)
-        return subprocess.Popen(["sh", "-c", f"exec {command}"], cwd=ROOT, env=settings)
-
-    if start("python init_db.py").wait() != 0:
-        sys.exit(1)
-    uvicorn = start("uvicorn main:app" + (f" --port {port}" if port != 8000 else ""))
-    try:
-        while uvicorn.poll() is None and not listens(uvicorn, port):
-            time.sleep(0.05)
-        if (
-            uvicorn.poll() is None
-            and start('psql "$DATABASE_URL" -f verify.sql').wait() == 0
-        ):
-            print(
-                HINTS.format(port=port, database=database, bin=POSTGRES_BIN), flush=True
-            )
-            uvicorn.wait()
-    finally:
-        # A second Ctrl-C must leave nothing either.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if uvicorn.poll() is None:
-            uvicorn.send_signal(signal.SIGINT)
-            uvicorn.wait()
-    sys.exit(uvicorn.returncode)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
-    port = parser.parse_args().port
-    if is_taken(port):
-        sys.exit(
-            f"error: port {port} is taken, choose another: .venv/bin/python tests/try_it.py --port {port + 1}"
-        )
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), interrupt)
-    try:
-        print("Starting a throw-away PostgreSQL ...", flush=True)
-        with (
-            Postgres() as postgres,
-            fresh_database(postgres.url("postgres")) as database,
-        ):
-            serve(database, port)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        print("Stopped, nothing is left behind.", flush=True)
+def install() -> None:
+    """Make .venv, if there is none, and install what is missing in it."""
+    if not PYTHON.exists():
+        subprocess.run([sys.executable, "-m", "venv", VENV], check=True)
+    packages = ["-r", ROOT / "tests" / "try_it.txt"]
+    pip = [PYTHON, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    subprocess.run([*pip, *packages], check=True)
 
 
 if __name__ == "__main__":
+    if sys.version_info < OLDEST:
+        sys.exit(
+            "error: this needs Python 3.11 or newer, not " + sys.version.split()[0]
+        )
+    if Path(sys.prefix) != VENV:
+        print("Installing the packages into .venv, which takes about half a minute ...")
+        try:
+            install()
+        except subprocess.CalledProcessError:
+            sys.exit("error: the packages could not be installed, see above")
+        except KeyboardInterrupt:
+            sys.exit(130)
+        sys.stdout.flush()
+        os.execv(PYTHON, [PYTHON, __file__, *sys.argv[1:]])  # the same, by that Python
+    sys.dont_write_bytecode = True
+    from support.try_out import main
+
     main()
