@@ -1,4 +1,8 @@
-"""A reader of the README, who types what it says at real terminals and sees what they print."""
+"""A reader of the pages, who types what they say at real terminals and sees what is printed.
+
+bash, pip, psql, curl and uvicorn are the real ones. Two programs are stood in for: `npx`, since
+Neon's command line needs an account, and `git`, which clones this folder.
+"""
 
 import ast
 import os
@@ -22,6 +26,7 @@ from support.command import ROOT
 from support.postgres import POSTGRES_BIN
 
 README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 PATIENCE = 120  # seconds without a word, before the reader gives up
 
 
@@ -174,8 +179,13 @@ esac
 """
 
 
+GIT = """#!/bin/sh
+[ "$1 $2" = "clone ADDRESS" ] && cp -r '{copy}' "$3" && echo "Cloning into '$3'..."
+"""
+
+
 class Reader:
-    """Has a copy of the project, an empty home and a database; knows nothing but the README."""
+    """Has a copy of the project, an empty home and a database; knows nothing but the pages."""
 
     def __init__(self, home: Path, database: str, **settings: str) -> None:
         self.home = home
@@ -185,8 +195,11 @@ class Reader:
         self.url = database + ("&" if "?" in database else "?") + QUERY
         npx = home / "bin" / "npx"
         npx.parent.mkdir()
+        git = npx.with_name("git")
         npx.write_text(NPX.format(url=self.url))
-        npx.chmod(0o755)
+        git.write_text(GIT.format(copy=self.folder))
+        for program in (npx, git):
+            program.chmod(0o755)
         environment = os.environ
         kept = {k: environment[k] for k in environment if k[:4] == "PIP_" or k == "CI"}
         here = str(Path(sys.executable).parent)  # whose packages a reader does not have
@@ -216,9 +229,9 @@ class Reader:
         for terminal in self.terminals:
             terminal.close()
 
-    def follow(self, markdown: str) -> None:
-        """Do all that a text says, and compare what is printed with what it shows."""
-        document = Document(markdown, str(README))
+    def follow(self, markdown: str, page: Path = README) -> None:
+        """Do all that a page says, and compare what is printed with what it shows."""
+        document = Document(markdown, str(page))
         for region in blocks(document):
             region.evaluator = self.evaluate
             document.add(region)
@@ -235,10 +248,10 @@ class Reader:
                 return self.serve(block)
             case ["text", "log"]:
                 return self.find_in_log(block.text)
-            case ["python", path]:
+            case ["python" | "sh" | "json", path]:
                 (self.folder / path).write_text(block.text)
-            case ["nginx", _]:
-                pass  # test_nginx.py starts it, on ports that anybody may use
+            case ["nginx", _] | ["js"] | ["mermaid"]:
+                pass  # test_nginx.py and test_browser.py run the first two
             case ["diff", path]:
                 return self.patch(self.folder / path, block.text)
             case _:
@@ -262,7 +275,9 @@ class Reader:
         if self.serving:
             self.end_service()
         terminal = self.terminals[0]
-        terminal.serve(block.text.rstrip())
+        *before, command = block.text.strip().splitlines()
+        printed = terminal.run("\n".join(before))
+        terminal.serve(command)
         self.serving = True
         *_, last = block.output.splitlines()
         patience = time.monotonic() + PATIENCE
@@ -270,7 +285,7 @@ class Reader:
             if terminal.has_ended():
                 break
         shown = block._replace(output=block.output.rstrip())
-        return self.compare(shown, terminal.look().rstrip())
+        return self.compare(shown, printed + terminal.look().rstrip())
 
     def end_service(self) -> None:
         self.log += self.terminals[0].ctrl_c()

@@ -167,11 +167,11 @@ class TlsPostgres(Postgres):
 
 
 def change_url(url: str, **changes: Any) -> str:
-    """A URL with another database, host, port, username or password, or with more options.
+    """A URL with another database, host, port, username, password, or with more options.
 
     Options, such as sslmode, replace those of the same name.
     """
-    parts = {"database", "host", "port", "username", "password"}
+    parts = {"drivername", "database", "host", "port", "username", "password"}
     new = make_url(url).set(**{k: v for k, v in changes.items() if k in parts})
     options = {k: v for k, v in changes.items() if k not in parts}
     return new.update_query_dict(options).render_as_string(hide_password=False)
