@@ -1,4 +1,10 @@
-"""A stand-in for Neon's front door, on 127.0.0.1: what a client meets there, and what it is told."""
+"""A stand-in for Neon's front door on 127.0.0.1, with a real PostgreSQL and PgBouncer behind it.
+
+It follows the published proxy: TLS, the endpoint by the server name, SCRAM bound to the channel,
+which startup parameters pass, the order of the checks, and the words and the form of its errors.
+The control plane is not there: a test sets what it says (`refusal`), and how long a compute takes
+to wake. Left out: an endpoint in the password, and cancelling a query.
+"""
 
 import asyncio
 import hashlib
@@ -19,8 +25,20 @@ from support.pgbouncer import PgBouncer
 from support.postgres import Postgres, make_certificate, system_postgres
 
 DOMAIN = "eu-central-1.aws.neon.tech"
-CANCEL_REQUEST, VERSION_3 = 80877102, 196608
-LET_THROUGH = ("user", "database", "application_name", "replication")
+CANCEL_REQUEST, TLS_REQUEST, VERSION_3 = 80877102, 80877103, 196608
+PASSED_ON = ("user", "database", "application_name", "replication")
+INSECURE = "connection is insecure (try using `sslmode=require`)"
+NO_ENDPOINT = (
+    "Endpoint ID is not specified. Either please upgrade the postgres client library"
+    " (libpq) for SNI support or pass the endpoint ID (first part of the domain name)"
+    " as a parameter: '?options=endpoint%3D<endpoint-id>'."
+    " See more at https://neon.tech/sni"
+)
+UNPOOLED = (
+    ". Please use unpooled connection or remove this parameter from the startup"
+    " package. More details: https://neon.tech/docs/connect/connection-errors"
+    "#unsupported-startup-parameter"
+)
 
 
 class Compute(Postgres):
@@ -51,7 +69,7 @@ class Pooler(PgBouncer):
 
 
 class Refused(Exception):
-    """An error in the front door's words: the client is told, and the connection ends."""
+    """An error in the front door's words: the client reads it, and the connection ends."""
 
 
 @dataclass(eq=False)
@@ -71,7 +89,7 @@ class Link:
         self.writer.write(framed(kind, *body))
 
     async def carry_to(self, other: Self) -> None:
-        """Pass on what comes in, until it ends; then let the other go too."""
+        """Pass on what comes in until it ends, then close the other end too."""
         with suppress(OSError):
             while chunk := await self.reader.read(65536):
                 other.writer.write(chunk)
@@ -94,25 +112,24 @@ def signed(key: bytes, text: bytes) -> bytes:
 
 @dataclass
 class Endpoint:
-    """What lies behind a name, and what becomes of those who ask for it."""
+    """What lies behind a name, and what those meet who ask for it."""
 
+    name: str
     password: str
     compute_port: int
     pooler_port: int
-    refusal: str = ""  # in the front door's words
-    refuses_first: bool = False  # before it looks at the password
-    hangs_up: bool = False  # in the midst of the handshake, without a word
-    ignores_bound: bool = False  # likewise, but only if the channel is bound
-    wakes_in: float = 0  # seconds, counted from when somebody asks
+    refusal: str = ""  # what the front door or the control plane says instead
+    refuses_first: bool = False  # before the password is asked for
+    wakes_in: float = 0  # seconds, counted from the first connection
     awake_at: float = 0
-    opened: int = 0
     inside: set[Link] = field(default_factory=set)
 
     async def wake(self) -> None:
-        """Wait until it is awake; who gives up waiting does not stop it from waking."""
+        """Wait until it is awake. It goes on waking when a client gives up."""
         if self.wakes_in:
             self.awake_at, self.wakes_in = time.monotonic() + self.wakes_in, 0
-        await asyncio.sleep(self.awake_at - time.monotonic())
+        while time.monotonic() < self.awake_at:
+            await asyncio.sleep(0.02)
 
 
 class Neon:
@@ -133,7 +150,7 @@ class Neon:
     def add(self, name: str) -> Endpoint:
         """A new endpoint, with the same compute as every other."""
         ports = self.compute.port, self.pooler.port
-        self.endpoints[name] = Endpoint(self.compute.password, *ports)
+        self.endpoints[name] = Endpoint(name, self.compute.password, *ports)
         return self.endpoints[name]
 
     def url(self, label: str, database: str, **options: str) -> str:
@@ -145,10 +162,10 @@ class Neon:
         return f"postgresql://{user}@{host}/{database}?hostaddr=127.0.0.1{query}"
 
     def suspend(self, endpoint: Endpoint, wakes_in: float = 0) -> None:
-        """Close all its connections; whoever comes next wakes it, in that many seconds."""
+        """Close all its connections. The next client wakes it, in that many seconds."""
 
         async def close() -> None:
-            endpoint.wakes_in = wakes_in
+            endpoint.wakes_in, endpoint.awake_at = wakes_in, 0
             for client in endpoint.inside:
                 client.writer.transport.abort()
 
@@ -168,11 +185,11 @@ class Neon:
         client = Link(reader, writer)
         try:
             await self._let_in(client)
-        except Refused as why:  # never FATAL, and one SQLSTATE for all
-            fields = "SERROR", "VERROR", "CXX000", f"M{why}", "\0"
+        except Refused as error:  # never FATAL, and one SQLSTATE for all
+            fields = "SERROR", "VERROR", "CXX000", f"M{error}", "\0"
             client.send(b"E", "\0".join(fields).encode())
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass  # it has left, or the door is being closed
+            pass  # the client has left, or the door is being closed
         finally:
             writer.close()
 
@@ -181,37 +198,48 @@ class Neon:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(*self.files)
         context.sni_callback = lambda _socket, name, _context: names.append(name)
-        await client.receive(0)  # it asks for TLS
+        _, hello = await client.receive(0)
+        if hello != number(TLS_REQUEST):
+            raise Refused(INSECURE)
         client.writer.write(b"S")
         await client.writer.start_tls(context)
         _, hello = await client.receive(0)
         if hello.startswith(number(CANCEL_REQUEST)):
-            return  # it is not known here, and nobody is told
-        if names[0] is None:
-            raise Refused("Endpoint ID is not specified")
-        label = names[0].partition(".")[0]
-        endpoint = self.endpoints[label.removesuffix("-pooler")]
-        endpoint.opened += 1
-        if endpoint.refusal and endpoint.refuses_first:
-            raise Refused(endpoint.refusal)
-        if endpoint.hangs_up:
             return
         words = hello[4:].decode().split("\0")
         wanted = dict(zip(words[::2], words[1::2], strict=False))
-        bound = await self._check_password(client, wanted["user"], endpoint.password)
-        if endpoint.ignores_bound and bound:
-            return
+        options = wanted.pop("options", "")
+        label, pooled = self._find_label(names[0], options)
+        if not label:
+            client.send(b"R", number(3))  # AuthenticationCleartextPassword
+            await client.receive()
+            raise Refused(NO_ENDPOINT)
+        endpoint = self.endpoints[label]
+        if endpoint.refusal and endpoint.refuses_first:
+            raise Refused(endpoint.refusal)
+        await self._check_password(client, wanted["user"], endpoint.password)
         await endpoint.wake()
         if endpoint.refusal:
             raise Refused(endpoint.refusal)
-        pooled = label.endswith("-pooler")
+        if options and not options.startswith("endpoint="):
+            wanted["options"] = options
         server = await self._log_in(endpoint, pooled, wanted, client)
         endpoint.inside.add(client)
         await asyncio.gather(client.carry_to(server), server.carry_to(client))
         endpoint.inside.remove(client)
 
-    async def _check_password(self, client: Link, user: str, password: str) -> bool:
-        """SCRAM (RFC 5802, RFC 7677); returns whether it was bound to the channel."""
+    def _find_label(self, host: str | None, options: str) -> tuple[str, bool]:
+        """The endpoint by the server name or by the option, and whether by its pooler."""
+        label = (host or "").partition(".")[0]
+        option = options.removeprefix("endpoint=") if "endpoint=" in options else ""
+        if label and option and label != option:
+            text = "Inconsistent project name inferred from SNI ('{}') and project option ('{}')."
+            raise Refused(text.format(label, option))
+        label = label or option
+        return label.removesuffix("-pooler"), label.endswith("-pooler")
+
+    async def _check_password(self, client: Link, user: str, password: str) -> None:
+        """SCRAM (RFC 5802, RFC 7677), bound to the channel if the client wishes."""
         client.send(b"R", number(10), b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0")
         _, opening = await client.receive()
         flag, _, bare = opening.partition(b"\0")[2][4:].split(b",", 2)
@@ -232,22 +260,18 @@ class Neon:
             raise Refused(f"password authentication failed for user '{user}'")
         signature = signed(signed(salted, b"Server Key"), said)
         client.send(b"R", number(12), b"v=", b64encode(signature))
-        return bound
 
     async def _log_in(
         self, endpoint: Endpoint, pooled: bool, wanted: dict[str, str], client: Link
     ) -> Link:
-        """The way to what lies behind; the client is welcomed, or refused in other words."""
-        passed = {name: wanted[name] for name in LET_THROUGH if name in wanted}
-        if "options" in wanted:
-            setting = wanted["options"].removeprefix("-c").strip().partition("=")[0]
-            if pooled:
-                raise Refused(f"unsupported startup parameter in options: {setting}")
-            passed["options"] = wanted["options"]
+        """The connection to the server behind, once it has said that it is ready."""
+        passed = {name: wanted[name] for name in wanted if name in PASSED_ON}
         passed["client_encoding"] = "UTF8"
+        if "options" in wanted:
+            passed["options"] = wanted["options"]
         words = "".join(f"{name}\0{value}\0" for name, value in passed.items())
         port = endpoint.pooler_port if pooled else endpoint.compute_port
-        for _ in range(30):  # for six seconds
+        for _ in range(15):  # for three seconds
             with suppress(OSError, asyncio.IncompleteReadError):
                 server = Link(*await asyncio.open_connection("127.0.0.1", port))
                 server.send(b"", number(VERSION_3), words.encode(), b"\0")
@@ -255,9 +279,10 @@ class Neon:
                 while True:
                     kind, body = await server.receive()
                     if kind == b"E":
-                        text = body.partition(b"\0M")[2].partition(b"\0")[0].decode()
                         server.writer.close()
-                        raise Refused(text.replace('"', "'"))
+                        text = body.partition(b"\0M")[2].partition(b"\0")[0].decode()
+                        advice = text.startswith("unsupported startup") * UNPOOLED
+                        raise Refused(text + advice)
                     welcome += framed(kind, body)
                     if kind == b"Z":
                         client.writer.write(welcome)

@@ -281,7 +281,8 @@ class Reader:
         self.serving = True
         *_, last = block.output.splitlines()
         patience = time.monotonic() + PATIENCE
-        while last not in terminal.look() and time.monotonic() < patience:
+        times = block.output.count(last)
+        while terminal.look().count(last) < times and time.monotonic() < patience:
             if terminal.has_ended():
                 break
         shown = block._replace(output=block.output.rstrip())
