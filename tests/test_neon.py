@@ -6,7 +6,7 @@ TEST_DATABASE_URL changes nothing.
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +17,9 @@ import httpx
 import psycopg
 import pytest
 from support.command import free_port, run
-from support.neon import (
-    INSECURE,
-    NO_ENDPOINT,
-    UNPOOLED,
-    Compute,
-    Endpoint,
-    Neon,
-    Pooler,
-)
-from support.postgres import system_postgres
+from support.neon import INSECURE, NO_ENDPOINT, UNPOOLED, Compute, Neon, Pooler
+from support.pgbouncer import PgBouncer
+from support.postgres import Postgres, system_postgres
 from support.service import Account, Service, statuses, until
 
 DATABASE = "neondb"
@@ -36,41 +29,36 @@ class Situation(NamedTuple):
     """What the client reads; how the endpoint, and how the URL, differ from the usual."""
 
     text: str
-    endpoint: dict[str, Any] = {}  # noqa: RUF012
-    options: dict[str, str] = {}  # noqa: RUF012
+    endpoint: dict[str, Any] = {}
+    options: dict[str, str] = {}
     database: str = DATABASE
     suffix: str = "-pooler"
 
 
-def says(text: str) -> Situation:
-    """The control plane says it when the compute is to be woken."""
-    return Situation(text, {"refusal": text})
-
-
-def says_first(text: str) -> Situation:
-    """The front door says it before it asks for the password."""
-    return Situation(text, {"refusal": text, "refuses_first": True})
-
-
-FAILED = "Control plane request failed"
+BEFORE_THE_PASSWORD = [
+    "The requested endpoint could not be found, or you don't have access to it. Please check the provided ID and try again.",
+    "Control plane request failed: endpoint cannot be found",
+    "Too many connections to this endpoint. Please try again later.",
+    "This IP address 127.0.0.1 is not allowed to connect to this endpoint. Please add it to the allowed list in the Neon console. Make sure to check for IPv4 or IPv6 addresses.",
+    "This connection is trying to access this endpoint from a blocked network.",
+]
+INSTEAD_OF_WAKING = [
+    "Your account or project has exceeded the compute time quota. Upgrade your plan to increase limits.",
+    "Your project has exceeded the data transfer quota. Upgrade your plan to increase limits.",
+    "The endpoint has been disabled. Enable it using Neon API and retry.",
+    "You have exceeded the limit of concurrently active endpoints. Please suspend some endpoints and try again.",
+    "You've exceeded the rate limit. Please wait a moment and try again.",
+    "Your project already has running operations. Please wait until they complete, and then try again.",
+    "Control plane request failed",
+    "Control plane request failed: endpoint is disabled",
+    "Control plane request failed: endpoint is temporarily unavailable. Check your quotas and/or contact our support.",
+    "Too many connections attempts",
+    "Failed to acquire permit to connect to the database. Too many database connection attempts are currently ongoing.",
+    "server login has been failing, try again later (server_login_retry)",
+]
 SITUATIONS = [
-    says("Your account or project has exceeded the compute time quota. Upgrade your plan to increase limits."),
-    says("Your project has exceeded the data transfer quota. Upgrade your plan to increase limits."),
-    says_first("The requested endpoint could not be found, or you don't have access to it. Please check the provided ID and try again."),
-    says("The endpoint has been disabled. Enable it using Neon API and retry."),
-    says("You have exceeded the limit of concurrently active endpoints. Please suspend some endpoints and try again."),
-    says("You've exceeded the rate limit. Please wait a moment and try again."),
-    says("Your project already has running operations. Please wait until they complete, and then try again."),
-    says(FAILED),
-    says_first(f"{FAILED}: endpoint cannot be found"),
-    says(f"{FAILED}: endpoint is disabled"),
-    says(f"{FAILED}: endpoint is temporarily unavailable. Check your quotas and/or contact our support."),
-    says("Too many connections attempts"),
-    says_first("Too many connections to this endpoint. Please try again later."),
-    says("Failed to acquire permit to connect to the database. Too many database connection attempts are currently ongoing."),
-    says("server login has been failing, try again later (server_login_retry)"),
-    says_first("This IP address 127.0.0.1 is not allowed to connect to this endpoint. Please add it to the allowed list in the Neon console. Make sure to check for IPv4 or IPv6 addresses."),
-    says_first("This connection is trying to access this endpoint from a blocked network."),
+    *(Situation(text, {"refusal": text, "refuses_first": True}) for text in BEFORE_THE_PASSWORD),
+    *(Situation(text, {"refusal": text}) for text in INSTEAD_OF_WAKING),
     Situation("Couldn't connect to compute node", {"pooler_port": free_port()}),
     Situation("password authentication failed for user 'postgres'", {"password": "another"}),
     Situation(INSECURE, options={"sslmode": "disable"}),
@@ -79,6 +67,7 @@ SITUATIONS = [
     Situation("Inconsistent project name inferred from SNI ('{}-pooler') and project option ('ep-other').", options={"options": "endpoint%3Dep-other"}),
     Situation(f"unsupported startup parameter: options{UNPOOLED}", options={"options": "-c%20statement_timeout%3D5s"}),
     Situation('database "nowhere" does not exist', database="nowhere", suffix=""),
+    Situation("connection timeout expired", database="nowhere"),
     Situation("connection timeout expired", {"wakes_in": 3600}),
 ]  # fmt: skip
 NAMES = [f"ep-{number}" for number in range(len(SITUATIONS))]
@@ -96,18 +85,13 @@ def door() -> Iterator[Neon]:
         yield door
 
 
-def pooled(door: Neon, name: str, **options: str) -> str:
-    return door.url(f"{name}-pooler", DATABASE, **options)
-
-
-@pytest.fixture(scope="module")
-def endpoint(door: Neon) -> Endpoint:
-    """The endpoint of `service`, which the tests put into each situation."""
-    return door.endpoints["ep-cool"]
+def pooled(door: Neon, name: str) -> str:
+    return door.url(f"{name}-pooler", DATABASE)
 
 
 @pytest.fixture(scope="module")
 def service(door: Neon) -> Iterator[Service]:
+    """The service, whose endpoint the tests put into each situation."""
     with Service(pooled(door, "ep-cool")) as service:
         yield service
 
@@ -160,34 +144,31 @@ def assert_refused(service: Service, ann: Account, text: str) -> None:
 def test_a_compute_that_wakes_slowly_or_never(
     door: Neon, service: Service, ann: Account
 ) -> None:
-    slow, hung = door.add("ep-slow"), door.add("ep-hung")
+    door.add("ep-slow").wakes_in, door.add("ep-hung").wakes_in = 12, 3600
+    urls = pooled(door, "ep-slow"), pooled(door, "ep-hung")
     with (
-        Service(pooled(door, "ep-slow")) as of_slow,
-        Service(pooled(door, "ep-hung")) as of_hung,
+        Service(urls[0]) as slow,
+        Service(urls[1]) as hung,
         ThreadPoolExecutor() as crowd,
     ):
-        door.suspend(slow, wakes_in=12)
-        door.suspend(hung, wakes_in=3600)
-        asked = [crowd.submit(ask_all, each, ann) for each in (of_slow, of_hung)]
-        for answer in asked[0].result() + asked[1].result():
-            assert answer.status_code == 503
-            assert answer.headers["Retry-After"] == "5"
-            assert answer.elapsed.total_seconds() < 20
-        until(lambda: of_slow.me(ann.token).status_code == 200)
-        assert slow.awake_at - 12 + 60 > time.monotonic()
-        assert "connection timeout expired" in of_hung.log
-        door.suspend(hung)
-        assert of_hung.me(ann.token).status_code == 200
+        for answers in crowd.map(ask_all, (slow, hung), (ann, ann)):
+            for answer in answers:
+                assert (answer.status_code, answer.headers["Retry-After"]) == (503, "5")
+                assert answer.elapsed.total_seconds() < 15
+        until(lambda: slow.me(ann.token).status_code == 200)
+        assert hung.me(ann.token).status_code == 503
+        door.suspend(door.endpoints["ep-hung"])
+        assert hung.me(ann.token).status_code == 200
 
 
 @pytest.mark.parametrize("clients", [1, 15])
 def test_a_compute_that_wakes_in_half_a_second(
-    door: Neon, endpoint: Endpoint, service: Service, ann: Account, clients: int
+    door: Neon, service: Service, ann: Account, clients: int
 ) -> None:
-    door.suspend(endpoint, wakes_in=0.5)
+    door.suspend(door.endpoints["ep-cool"], wakes_in=0.5)
     answers = service.at_once(clients, service.me, ann.token)
     assert statuses(answers) == {200: clients}
-    assert min(answer.result().elapsed.total_seconds() for answer in answers) >= 0.4
+    assert min(answer.result().elapsed.total_seconds() for answer in answers) > 0.4
 
 
 # --- Refused ----------------------------------------------------------------------
@@ -232,3 +213,81 @@ def test_refused_in_neons_words(
     assert made.stderr.endswith(f"{text}\n")
     assert made.stderr.count("\n") == 1
     assert door.compute.password not in made.stderr
+
+
+# --- Closed, crowded --------------------------------------------------------------
+def restart(server: Postgres | PgBouncer, how: signal.Signals) -> None:
+    server.halt(how)
+    server.start()
+
+
+CLOSE: dict[str, Callable[[Neon], None]] = {
+    "the compute is suspended": lambda door: door.suspend(door.endpoints["ep-cool"]),
+    "the compute restarts": lambda door: restart(door.compute, signal.SIGINT),
+    "the compute crashes": lambda door: restart(door.compute, signal.SIGQUIT),
+    "the pooler is drained": lambda door: restart(door.pooler, signal.SIGTERM),
+    "the pooler is killed": lambda door: restart(door.pooler, signal.SIGKILL),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", "-pooler"])
+def test_the_walkthrough_and_its_connections_closed(door: Neon, suffix: str) -> None:
+    """By the direct and by the pooled URL; the first request afterwards succeeds."""
+    url = door.url(f"ep-cool{suffix}", DATABASE)
+    made = run("python", "init_db.py", database=url)
+    assert (made.returncode, made.stdout) == (0, "users: already there\n"), made.stderr
+    verified = run(system_postgres() / "psql", url, "-f", "verify.sql")
+    assert verified.returncode == 0, verified.stderr
+    assert "users_email_key" in verified.stdout
+    with Service(url) as service:
+        ann = service.account()
+        for what, close in CLOSE.items():
+            assert statuses(service.at_once(30, service.me, ann.token)) == {200: 30}
+            close(door)
+            assert service.me(ann.token).status_code == 200, what
+
+
+def test_the_pooler_is_killed_under_load(
+    door: Neon, service: Service, ann: Account
+) -> None:
+    load = service.at_once(600, service.me, ann.token)
+    until(lambda: sum(answer.done() for answer in load) > 50)
+    restart(door.pooler, signal.SIGKILL)
+    assert service.me(ann.token).status_code == 200
+    seen = statuses(load)
+    assert 0 < seen[503] <= 100, "more than ten times those in flight"
+    assert seen[200] == 600 - seen[503]
+
+
+WAIT = """
+from sqlalchemy import select
+
+from main import SessionDep, User, app
+
+@app.get("/wait")
+async def wait(session: SessionDep) -> None:
+    await session.execute(select(User.id))
+"""
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+
+
+def test_eighty_connections_share_the_poolers_sixty_four(
+    door: Neon, ann: Account, tmp_path: Path
+) -> None:
+    """Four processes with two pools of ten each, all of whose queries wait for a lock."""
+    (tmp_path / "wait.py").write_text(WAIT)
+    inside, compute = door.add("ep-crowd").inside, door.compute.url(DATABASE)
+    options: dict[str, str] = {"app": "wait:app", "PYTHONPATH": str(tmp_path)}
+    with (
+        Service(pooled(door, "ep-crowd"), "--workers", "4", **options) as service,
+        psycopg.connect(compute) as locker,
+        psycopg.connect(compute, autocommit=True) as admin,
+    ):
+        until(lambda: service.log.count("Application startup complete") == 4)
+        locker.execute("LOCK TABLE users")
+        answers = service.at_once(250, service.me, ann.token)
+        answers += service.at_once(250, service.http.get, "/wait")
+        until(lambda: len(inside) == 80)
+        until(lambda: admin.execute(WAITING).fetchone() == (64,))
+        locker.commit()
+        assert statuses(answers) == {200: 500}

@@ -24,21 +24,12 @@ TRUSTING.check_hostname = False
 TRUSTING.verify_mode = ssl.CERT_NONE
 
 
-def section() -> str:
-    """What the README says about nginx."""
-    return re.search(
-        r"^### Behind nginx\n.*?(?=^##+ |\Z)",
-        (ROOT / "README.md").read_text(),
-        re.MULTILINE | re.DOTALL,
-    )[0]
-
-
 def block() -> str:
-    """What a reader saves as auth.conf."""
-    (found,) = re.findall(
-        r"^```nginx auth\.conf\n(.*?)^```$", section(), re.MULTILINE | re.DOTALL
-    )
-    return found
+    """What a reader of docs/run.md saves as auth.conf."""
+    page = (ROOT / "docs" / "run.md").read_text()
+    return re.search(
+        r"^```nginx auth\.conf\n(.*?)^```$", page, re.MULTILINE | re.DOTALL
+    )[1]
 
 
 class Nginx:

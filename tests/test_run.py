@@ -1,0 +1,164 @@
+"""What docs/run.md says about hosts, processes and the database, where no terminal shows it."""
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from support.command import ROOT, environment, free_port, missing, run
+from support.postgres import TlsPostgres, change_url, fresh_database
+from support.service import Service, statuses, until
+
+PAGE = (ROOT / "docs" / "run.md").read_text()
+
+
+def test_behind_a_proxy_the_log_shows_the_client(database: str) -> None:
+    with Service(database, "--host", "0.0.0.0", "--forwarded-allow-ips", "*") as service:  # fmt: skip
+        service.http.get("/auth/me", headers={"X-Forwarded-For": "203.0.113.9"})
+        assert '203.0.113.9:0 - "GET /auth/me' in service.log
+
+
+@pytest.mark.parametrize("seconds", [None, "1"])
+def test_a_client_in_the_midst_of_a_body(database: str, seconds: str | None) -> None:
+    """A stopping process waits for it forever, unless told how long."""
+    options = ["--timeout-graceful-shutdown", seconds] if seconds else []
+    head = b"POST /auth/login HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n"
+    with Service(database, *options) as service:
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(head + b"Content-Type: application/json\r\n\r\n{")
+            service.http.get("/auth/me")
+            service.process.terminate()
+            if seconds:
+                service.process.wait(30)
+            else:
+                until(lambda: "Waiting for connections to close" in service.log)
+                with pytest.raises(subprocess.TimeoutExpired):
+                    service.process.wait(4)
+        service.tracebacks = True  # of the request that was ended
+
+
+def test_limit_concurrency(database: str) -> None:
+    with Service(database, "--limit-concurrency", "3", BCRYPT_ROUNDS="10") as service:
+        answers = service.at_once(20, service.login, "ann@example.com")
+        assert statuses(answers).keys() == {401, 503}
+
+
+def test_web_concurrency_starts_processes(database: str) -> None:
+    with Service(database, WEB_CONCURRENCY="3") as service:
+        until(lambda: service.log.count("Application startup complete") == 3)
+
+
+def test_uvicorn_ignores_port(database: str) -> None:
+    port = free_port()
+    with Service(database, PORT=str(port)) as service:
+        assert service.port != port
+
+
+def test_the_loop_for_windows_serves_here_too(database: str) -> None:
+    (loop,) = set(json.loads(f'["{PAGE.split("--loop ")[1].split("`")[0]}"]'))
+    with Service(database, "--loop", loop) as service:
+        assert service.me(service.account().token).status_code == 200
+
+
+def install(package: str, folder: Path) -> str:
+    """The PYTHONPATH of a package that the tests do not need otherwise."""
+    done = run("python", "-m", "pip", "install", "-q", "--target", folder, package)
+    if done.returncode != 0:
+        missing(f"{package} (pip install {package})")
+    return str(folder)
+
+
+def test_gunicorn_speaks_wsgi(database: str, tmp_path: Path) -> None:
+    path, port = install("gunicorn", tmp_path), free_port()
+    command = ["python", "-m", "gunicorn", "main:app", "--bind", f"127.0.0.1:{port}"]
+    log = tmp_path / "log"
+    with log.open("wb") as out:
+        settings = environment(database, PYTHONPATH=path)
+        server = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=out)
+    try:
+        until(lambda: "Listening at" in log.read_text())
+        assert run("curl", "-s", f"http://127.0.0.1:{port}/auth/me").returncode == 0
+        until(
+            lambda: "missing 1 required positional argument: 'send'" in log.read_text()
+        )
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+LAMBDA = """
+import json, sys
+from mangum import Mangum
+from main import app, autocommit_engine
+event = json.loads(sys.argv[1])
+handler = Mangum(app, lifespan="off")
+for _ in range(3):
+    print(handler(event, {})["statusCode"], autocommit_engine.pool.checkedin())
+"""
+
+
+def test_on_lambda_a_connection_is_kept(database: str, tmp_path: Path) -> None:
+    body = json.dumps({"email": "nobody@example.com", "password": "correct horse"})
+    event = {
+        "version": "2.0",
+        "routeKey": "$default",
+        "rawPath": "/auth/login",
+        "rawQueryString": "",
+        "headers": {"content-type": "application/json"},
+        "requestContext": {
+            "http": {"method": "POST", "path": "/auth/login", "sourceIp": "127.0.0.1"}
+        },
+        "body": body,
+        "isBase64Encoded": False,
+    }
+    done = run(
+        *("python", "-c", LAMBDA, json.dumps(event)),
+        database=database,
+        PYTHONPATH=f"{install('mangum', tmp_path)}{os.pathsep}{ROOT}",
+    )
+    assert done.stdout == 3 * "401 1\n", done.stderr
+
+
+def test_a_certificate_that_the_system_trusts() -> None:
+    """`sslrootcert=system` finds it by SSL_CERT_FILE."""
+    with (
+        TlsPostgres() as postgres,
+        fresh_database(postgres.url("postgres")) as database,
+    ):
+        options = {"host": "localhost", "sslmode": "verify-full"}
+        url = change_url(database, sslrootcert="system", **options)
+        refused = run("python", "init_db.py", database=url)
+        assert "certificate verify failed" in refused.stderr
+        trusted = str(postgres.home / "server.crt")
+        made = run("python", "init_db.py", database=url, SSL_CERT_FILE=trusted)
+        assert made.stdout == "users: created\n", made.stderr
+
+
+SLOW = """
+from sqlalchemy import text
+from main import SessionDep, app
+
+@app.get("/slow")
+async def slow(session: SessionDep) -> None:
+    await session.execute(text("SELECT pg_sleep(60)"))
+"""
+
+
+def test_a_statement_timeout_of_the_role(database: str, tmp_path: Path) -> None:
+    """It ends a slow query of a reader's route."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    with psycopg.connect(database, autocommit=True) as connection:
+        role = sql.Identifier(connection.info.user)
+        name = sql.Identifier(connection.info.dbname)
+        change = "ALTER ROLE {} IN DATABASE {} SET statement_timeout = '1s'"
+        connection.execute(sql.SQL(change).format(role, name))
+        with Service(database, app="slow:app", PYTHONPATH=str(tmp_path)) as service:
+            service.tracebacks = True
+            assert service.http.get("/slow").status_code == 500
+            until(lambda: "statement timeout" in service.log)
+        undo = "ALTER ROLE {} IN DATABASE {} RESET statement_timeout"
+        connection.execute(sql.SQL(undo).format(role, name))
