@@ -4,9 +4,21 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from support.command import run
-from support.postgres import Postgres, fresh_database
-from support.service import Service
+
+try:
+    from support.command import run
+    from support.postgres import Postgres, fresh_database
+    from support.service import Service
+except ModuleNotFoundError as error:
+    needed = "pip install -r tests/requirements.txt"
+    pytest.exit(f"{error}. The tests in tests/ need more: {needed}", 2)
+
+SLOWEST = ["test_pages.py", "test_faults.py", "test_neon.py"]  # they start first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the slowest files first, so that they do not run alone at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,6 @@ def assert_every_word_counts(someone: Reader, markdown: str) -> None:
 
 # --- Typed as printed
 @pytest.mark.usefixtures("_ports")
-@pytest.mark.xdist_group("ports")
 def test_try_it(empty_database: str) -> None:
     with reader(empty_database) as someone:
         someone.terminals[0].run("mkdir ~/elsewhere; cd ~/elsewhere")
@@ -60,7 +59,6 @@ def test_try_it(empty_database: str) -> None:
 
 
 @pytest.mark.usefixtures("_ports")
-@pytest.mark.xdist_group("ports")
 @pytest.mark.parametrize("name", ["build.md", "run.md"])
 def test_the_walkthrough_and_a_page_after_it(
     empty_database: str, server: str, name: str
@@ -74,6 +72,8 @@ def test_the_walkthrough_and_a_page_after_it(
         typed = (someone.home / "npx-commands").read_text().splitlines()
         assert typed == NEON_COMMANDS
         if name == "build.md":
+            printed = someone.terminals[-1].type("python -m pytest")
+            assert "pip install -r tests/requirements.txt" in printed
             with fresh_database(server) as new:
                 new = change_url(new, drivername="postgresql")
                 for command in ("alembic upgrade head", "alembic check"):
