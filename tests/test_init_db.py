@@ -173,7 +173,7 @@ def test_columns_that_it_does_not_know_are_left_alone(tables: str) -> None:
     [
         (lambda: {"host": "127.0.0.1", "port": free_port(), "sslmode": "disable"}, "Connection refused"),
         (lambda: {"host": "nowhere.invalid"}, "nowhere.invalid"),
-        (lambda: {"password": "wrong-sesame"}, "password authentication failed for user"),
+        (lambda: {"password": "wrong-sesame"}, "authentication failed"),
         (lambda: {"database": "no_such_database"}, "does not exist"),
         (lambda: {"sslmod": "require"}, 'invalid connection option "sslmod"'),
     ],
