@@ -153,7 +153,7 @@ class Neon:
         self.endpoints[name] = Endpoint(name, self.compute.password, *ports)
         return self.endpoints[name]
 
-    def url(self, label: str, database: str, **options: str) -> str:
+    def url(self, label: str, database: str = "postgres", **options: str) -> str:
         """The URL as Neon prints it, with the address besides, since no DNS knows the host."""
         options = {"sslmode": "require", "channel_binding": "require"} | options
         query = "".join(f"&{name}={value}" for name, value in options.items())
