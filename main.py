@@ -97,13 +97,15 @@ except ValidationError as error:
         expected = Settings.model_fields[name].description
         print(f"error: {name}: {problem['msg']}; expected {expected}", file=sys.stderr)
     print("To load the settings from .env: set -a; . ./.env; set +a", file=sys.stderr)
-    # With this status uvicorn stops, instead of starting a new worker again and again.
+    # On status 3 `uvicorn --workers` gives up. On another status it would start the
+    # failed worker again and again.
     sys.exit(3)
 
 
 # --- Database -------------------------------------------------------------------------
 
-# The driver is psycopg, version 3. SQLAlchemy would take another one by default.
+# SQLAlchemy does not know postgres://, with which many hosts let the URL begin. This is
+# its name for PostgreSQL by way of the driver psycopg.
 DATABASE_URL = make_url(str(settings.DATABASE_URL)).set(drivername="postgresql+psycopg")
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 8,  # seconds
@@ -253,7 +255,8 @@ async def verify_password(password: str, hashed_password: str) -> bool:
     try:
         is_right: bool = await run_in_hashing_thread(bcrypt.checkpw, *arguments)
     except ValueError:
-        # The hash is not one of bcrypt's. Refusing it must take as long as any other.
+        # The hash is not one of bcrypt's. Hash the password all the same, so that this
+        # refusal takes as long as any other.
         await hash_password(password)
         return False
     return is_right
@@ -372,6 +375,8 @@ app = FastAPI(
     redirect_slashes=False,
     # Generated clients then have register(), not register_auth_register_post().
     generate_unique_id_function=lambda route: route.name,
+    # Close all connections at the end. An application may start again in one process,
+    # as in tests, and connections cannot be used by another event loop.
     on_shutdown=[engine.dispose, autocommit_engine.dispose],
     responses={
         400: {"model": ErrorOut, "description": "The body is not UTF-8"},
