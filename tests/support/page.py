@@ -192,7 +192,7 @@ class Reader:
         self.folder = home / "auth"
         files = (".git", ".venv", ".env", "__pycache__", ".*_cache", ".hypothesis")
         shutil.copytree(ROOT, self.folder, ignore=shutil.ignore_patterns(*files))
-        self.url = database + ("&" if "?" in database else "?") + QUERY
+        self.url = database if "?" in database else f"{database}?{QUERY}"
         npx = home / "bin" / "npx"
         npx.parent.mkdir()
         git = npx.with_name("git")
