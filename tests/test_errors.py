@@ -85,7 +85,7 @@ SITUATIONS = [
     row("uvicorn: command not found", "python: command not found", mistake="PATH=$PWD; uvicorn main:app; python init_db.py", fix="PATH=$OLD_PATH; $INIT"),
     row("No module named 'sqlalchemy'", mistake=f"{EMPTY} $INIT", fix="PATH=$OLD_PATH; $INIT"),
     row('Could not import module "main"', mistake="cd /; uvicorn main:app", fix="cd $OLDPWD; serve"),
-    row('Import string "main" must be in format', mistake="uvicorn main", fix="serve"),
+    row('Import string "main" must be in format', mistake="uvicorn main", fix='serve; test -z "$(python main.py)"'),
     row("cannot import name 'UTC' from 'datetime'", mistake="python -c 'import datetime; del datetime.UTC; import main'", fix="python -c 'import main'"),
     row("No module named 'dotenv'", mistake="$ALONE/uvicorn --env-file .env main:app", fix="$ALONE/pip install -q python-dotenv; unset DATABASE_URL; PATH=$ALONE:$PATH; serve main:app --env-file .env; post login \"$ANN\" | grep password"),
     row('To use the fastapi command, please install "fastapi[standard]"', mistake="$ALONE/fastapi dev"),

@@ -67,7 +67,10 @@ def test_the_walkthrough_and_a_page_after_it(
     page = ROOT / "docs" / name
     with reader(empty_database) as someone:
         someone.follow(WALK)
+        psql = someone.terminals[-1].run
+        psql('psql "$DATABASE_URL" -qc "CREATE TABLE foreigners (a int)"')
         someone.follow(TEXT[page], page)
+        psql('psql "$DATABASE_URL" -qc "SELECT * FROM foreigners"')  # Alembic kept it
         assert_every_word_counts(someone, WALK + TEXT[page])
         typed = (someone.home / "npx-commands").read_text().splitlines()
         assert typed == NEON_COMMANDS

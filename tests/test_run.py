@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_gunicorn_speaks_wsgi(database: str, tmp_path: Path) -> None:
     finally:
         server.terminate()
         server.wait(30)
+
+
+def test_uv_keeps_and_installs_the_versions(tmp_path: Path) -> None:
+    (compiled, synced) = re.findall("`(uv pip [^`]+)`", re.sub(r"\s+", " ", PAGE))
+    uv = f"{install('uv', tmp_path)}/bin/uv"
+    lock = str(tmp_path / "requirements.lock")
+    run("python", "-m", "venv", tmp_path / ".venv").check_returncode()
+    for command in (compiled, f"{synced} --python {tmp_path}/.venv/bin/python"):
+        typed = command.replace("uv", uv, 1).replace("requirements.lock", lock)
+        done = run(*typed.split())
+        assert done.returncode == 0, done.stderr
+    assert "fastapi==" in Path(lock).read_text()
 
 
 LAMBDA = """
