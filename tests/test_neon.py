@@ -164,7 +164,7 @@ def test_refused_in_neons_words(
     made = commands[number].result()
     assert (made.returncode, made.stdout) == (1, ""), made.stderr
     assert re.fullmatch(
-        f"error: no tables created: (connection .*)?{re.escape(text)}\n", made.stderr
+        f"error: no tables created: (con.*)?{re.escape(text)}\n", made.stderr
     )
     assert "pa$" not in made.stderr
 

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from psycopg import sql
 from support.command import ROOT, environment, free_port, missing, run
-from support.postgres import TlsPostgres, change_url, fresh_database
+from support.postgres import Postgres, TlsPostgres, change_url, fresh_database
 from support.service import Service, statuses, until
 
 PAGE = (ROOT / "docs" / "run.md").read_text()
@@ -161,17 +160,14 @@ async def slow(session: SessionDep) -> None:
 """
 
 
-def test_a_statement_timeout_of_the_role(database: str, tmp_path: Path) -> None:
+def test_a_statement_timeout_of_the_role(tmp_path: Path) -> None:
     """It ends a slow query of a reader's route."""
     (tmp_path / "slow.py").write_text(SLOW)
-    with psycopg.connect(database, autocommit=True) as connection:
-        role = sql.Identifier(connection.info.user)
-        name = sql.Identifier(connection.info.dbname)
-        change = "ALTER ROLE {} IN DATABASE {} SET statement_timeout = '1s'"
-        connection.execute(sql.SQL(change).format(role, name))
-        with Service(database, app="slow:app", PYTHONPATH=str(tmp_path)) as service:
+    with Postgres() as postgres:
+        url = postgres.url("postgres")
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("ALTER ROLE CURRENT_USER SET statement_timeout = '1s'")
+        with Service(url, app="slow:app", PYTHONPATH=str(tmp_path)) as service:
             service.tracebacks = True
             assert service.http.get("/slow").status_code == 500
             until(lambda: "statement timeout" in service.log)
-        undo = "ALTER ROLE {} IN DATABASE {} RESET statement_timeout"
-        connection.execute(sql.SQL(undo).format(role, name))
