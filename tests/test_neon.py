@@ -123,7 +123,7 @@ def assert_refused(service: Service, ann: Account, text: str) -> None:
     reasons = [line for line in lines if "database unavailable: connection " in line]
     assert (len(reasons), len(lines)) == (3, 6), lines  # uvicorn adds one for each
     assert all(line.endswith(text) for line in reasons), lines
-    assert "pa$" not in service.log  # with which every password begins
+    assert "pa$" not in service.log  # the beginning of each password
 
 
 @pytest.mark.usefixtures("commands")  # which run meanwhile
@@ -163,9 +163,8 @@ def test_refused_in_neons_words(
             assert_refused(refused, ann, text)
     made = commands[number].result()
     assert (made.returncode, made.stdout) == (1, ""), made.stderr
-    assert re.fullmatch(
-        f"error: no tables created: (con.*)?{re.escape(text)}\n", made.stderr
-    )
+    line = f"error: no tables created: (con.*)?{re.escape(text)}\n"
+    assert re.fullmatch(line, made.stderr)
     assert "pa$" not in made.stderr
 
 
@@ -188,8 +187,7 @@ CLOSE: dict[str, Callable[[Neon], None]] = {
 def test_the_walkthrough_and_its_connections_closed(door: Neon, suffix: str) -> None:
     """By the direct and by the pooled URL; the first request afterwards succeeds."""
     url = door.url(f"ep-cool{suffix}")
-    made = initialise(url)
-    assert (made.returncode, made.stdout) == (0, "users: already there\n"), made.stderr
+    assert initialise(url).stdout == "users: already there\n"
     agreeing = f"{url}&options=endpoint%3Dep-cool{suffix}"
     verified = run(system_postgres() / "psql", agreeing, "-f", "verify.sql")
     assert verified.returncode == 0, verified.stderr
@@ -207,8 +205,8 @@ def test_killed_under_load(door: Neon, service: Service, ann: Account) -> None:
     CLOSE["killed"](door)
     assert service.me(ann.token).status_code == 200
     seen = statuses(load)
-    assert 0 < seen[503] <= 100, "ten times those in flight"
     assert seen[200] + seen[503] == 600
+    assert 0 < seen[503] <= 100, "ten times those in flight"
 
 
 WAIT = """
