@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 try:
+    import psycopg
     from support.command import run
     from support.postgres import Postgres, fresh_database
     from support.service import Service
@@ -13,7 +14,12 @@ except ModuleNotFoundError as error:
     needed = "pip install -r tests/requirements.txt"
     pytest.exit(f"{error}. The tests in tests/ need more: {needed}", 2)
 
-SLOWEST = ["test_pages.py", "test_faults.py", "test_neon.py"]  # they start first
+SLOWEST = ["test_errors.py", "test_pages.py", "test_faults.py"]  # they start first
+SHOW_STATEMENT = """
+from sqlalchemy.schema import CreateTable
+from main import User, engine
+print(CreateTable(User.__table__).compile(engine.sync_engine))
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -38,10 +44,19 @@ def empty_database(server: str) -> Iterator[str]:
         yield database
 
 
+@pytest.fixture(scope="session")
+def create_users(server: str) -> str:
+    """The statement by which init_db.py creates the table, since each run takes a second."""
+    made = run("python", "-c", SHOW_STATEMENT, database=server)
+    made.check_returncode()
+    return made.stdout
+
+
 @pytest.fixture
-def tables(empty_database: str) -> str:
+def tables(empty_database: str, create_users: str) -> str:
     """The URL of a database with its tables, one for each test."""
-    run("python", "init_db.py", database=empty_database).check_returncode()
+    with psycopg.connect(empty_database) as connection:
+        connection.execute(create_users)
     return empty_database
 
 
