@@ -5,6 +5,7 @@ With the tables of modules of your own, such as notes.py: python init_db.py note
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from sqlalchemy import create_engine, func, inspect, select
 from sqlalchemy.exc import SQLAlchemyError
@@ -47,8 +48,9 @@ def init_db() -> None:
 if __name__ == "__main__":
     try:
         for module in sys.argv[1:]:
-            # A shell completes the name of the file: app/models.py is app.models.
-            import_module(module.removesuffix(".py").replace("/", "."))
+            # A shell completes the name of the file: ./app/models.py is app.models.
+            path = Path(module.removesuffix(".py"))
+            import_module(".".join(path.parts))
         init_db()
     except SQLAlchemyError as error:
         sys.exit(f"error: no tables created: {describe_database_error(error)}")

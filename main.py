@@ -50,10 +50,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from psycopg.errors import UndefinedTable
 from pydantic import (
     AfterValidator,
+    AnyUrl,
     BaseModel,
     EmailStr,
     Field,
-    PostgresDsn,
+    UrlConstraints,
     ValidationError,
 )
 from sqlalchemy import DateTime, Executable, bindparam, func, select, update
@@ -69,12 +70,15 @@ logger.setLevel(logging.INFO)
 
 
 # --- Settings -------------------------------------------------------------------------
+POSTGRES_SCHEMES = ["postgresql", "postgres", "postgresql+psycopg"]
+
+
 class Settings(BaseModel):
     """The environment variables. A description is printed when its value is wrong."""
 
-    DATABASE_URL: PostgresDsn = Field(
-        description="a URL such as postgresql://user:password@host/database"
-    )
+    DATABASE_URL: Annotated[
+        AnyUrl, UrlConstraints(allowed_schemes=POSTGRES_SCHEMES, host_required=True)
+    ] = Field(description="a URL such as postgresql://user:password@host/database")
     # HS256 needs a key of at least 32 bytes (RFC 7518, section 3.2).
     JWT_SECRET: str = Field(
         min_length=32,

@@ -22,6 +22,7 @@ WRONG = {
         None, "", " ", f"psql '{URL}'", f"'{URL}'", f"DATABASE_URL={URL}", "mysql://ann:sesame@db/auth",
         "sqlite:///sesame.db", "ann:sesame@db/auth", "postgresql://ann:sesame@db:sesame/auth",
         "postgresql://ann:se/same@db/auth", "postgresql://ann:se#same@db/auth", "postgresql:///sesame",
+        "postgresql://ann:sesame@h1:5432,h2:5433/auth",
     ],
     "JWT_SECRET": [
         None, "", 31 * "x", f"{PEM}\n", "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAsesame ann@host",
@@ -120,7 +121,7 @@ def test_each_form_of_the_url_is_understood(url: str, parts: list[object]) -> No
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql+psycopg"])
 def test_a_url_with_another_scheme_serves(database: str, scheme: str) -> None:
-    with Service(change_url(database, application_name="x").replace("postgresql", scheme, 1)) as service:  # fmt: skip
+    with Service(change_url(database, drivername=scheme)) as service:
         assert service.me(service.account().token).status_code == 200
 
 
