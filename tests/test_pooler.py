@@ -69,7 +69,7 @@ def test_the_suite_passes_at_another_server(
     postgres: TlsPostgres, pooled: bool
 ) -> None:
     """By a host name, over TLS, with a query in the URL; these stand for all others."""
-    chosen = "twice or schema or database or newest or spelling or new_account"
+    chosen = "twice or another_schema or newest or spelling"
     files = ["test_init_db.py", "test_verify_sql.py", "test_registration.py"]
     with PgBouncer(postgres, pool=20) as pooler:
         url = change_url(postgres.url("postgres"), **LIKE_NEON)

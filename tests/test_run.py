@@ -1,7 +1,6 @@
 """What docs/run.md says about hosts, processes and the database, where no terminal shows it."""
 
 import json
-import os
 import re
 import socket
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support.command import ROOT, environment, free_port, missing, run
+from support.command import ROOT, environment, free_port, run
 from support.postgres import Postgres, TlsPostgres, change_url, fresh_database
 from support.service import Service, statuses, until
 
@@ -64,20 +63,12 @@ def test_the_loop_for_windows_serves_here_too(database: str) -> None:
         assert service.me(service.account().token).status_code == 200
 
 
-def install(package: str, folder: Path) -> str:
-    """The PYTHONPATH of a package that the tests do not need otherwise."""
-    done = run("python", "-m", "pip", "install", "-q", "--target", folder, package)
-    if done.returncode != 0:
-        missing(f"{package} (pip install {package})")
-    return str(folder)
-
-
 def test_gunicorn_speaks_wsgi(database: str, tmp_path: Path) -> None:
-    path, port = install("gunicorn", tmp_path), free_port()
+    port = free_port()
     command = ["python", "-m", "gunicorn", "main:app", "--bind", f"127.0.0.1:{port}"]
     log = tmp_path / "log"
     with log.open("wb") as out:
-        settings = environment(database, PYTHONPATH=path)
+        settings = environment(database)
         server = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=out)
     try:
         until(lambda: "Listening at" in log.read_text())
@@ -92,11 +83,10 @@ def test_gunicorn_speaks_wsgi(database: str, tmp_path: Path) -> None:
 
 def test_uv_keeps_and_installs_the_versions(tmp_path: Path) -> None:
     (compiled, synced) = re.findall("`(uv pip [^`]+)`", re.sub(r"\s+", " ", PAGE))
-    uv = f"{install('uv', tmp_path)}/bin/uv"
     lock = str(tmp_path / "requirements.lock")
     run("python", "-m", "venv", tmp_path / ".venv").check_returncode()
     for command in (compiled, f"{synced} --python {tmp_path}/.venv/bin/python"):
-        typed = command.replace("uv", uv, 1).replace("requirements.lock", lock)
+        typed = command.replace("requirements.lock", lock)
         done = run(*typed.split())
         assert done.returncode == 0, done.stderr
     assert "fastapi==" in Path(lock).read_text()
@@ -113,7 +103,7 @@ for _ in range(3):
 """
 
 
-def test_on_lambda_a_connection_is_kept(database: str, tmp_path: Path) -> None:
+def test_on_lambda_a_connection_is_kept(database: str) -> None:
     body = json.dumps({"email": "nobody@example.com", "password": "correct horse"})
     event = {
         "version": "2.0",
@@ -130,7 +120,7 @@ def test_on_lambda_a_connection_is_kept(database: str, tmp_path: Path) -> None:
     done = run(
         *("python", "-c", LAMBDA, json.dumps(event)),
         database=database,
-        PYTHONPATH=f"{install('mangum', tmp_path)}{os.pathsep}{ROOT}",
+        PYTHONPATH=str(ROOT),
     )
     assert done.stdout == 3 * "401 1\n", done.stderr
 
