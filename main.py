@@ -71,15 +71,20 @@ logger.setLevel(logging.INFO)
 
 # --- Settings -------------------------------------------------------------------------
 POSTGRES_SCHEMES = ["postgresql", "postgres", "postgresql+psycopg"]
+# Pydantic's own PostgresDsn also takes several hosts, which SQLAlchemy cannot read.
+PostgresUrl = Annotated[
+    AnyUrl, UrlConstraints(allowed_schemes=POSTGRES_SCHEMES, host_required=True)
+]
 
 
 class Settings(BaseModel):
     """The environment variables. A description is printed when its value is wrong."""
 
-    DATABASE_URL: Annotated[
-        AnyUrl, UrlConstraints(allowed_schemes=POSTGRES_SCHEMES, host_required=True)
-    ] = Field(description="a URL such as postgresql://user:password@host/database")
-    # HS256 needs a key of at least 32 bytes (RFC 7518, section 3.2).
+    DATABASE_URL: PostgresUrl = Field(
+        description="a URL such as postgresql://user:password@host/database"
+    )
+    # HS256 needs a key of at least 32 bytes (RFC 7518, section 3.2). A PEM or SSH key,
+    # which PyJWT would refuse at every login, contains blanks.
     JWT_SECRET: str = Field(
         min_length=32,
         pattern=r"^\S+$",
