@@ -45,10 +45,14 @@ class OwnConnections(httpx.BaseTransport):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if not hasattr(self.threads, "own"):
-            # uvicorn hangs up after a 500, which the next request must not meet.
-            self.threads.own = httpx.HTTPTransport(verify=self.context, retries=1)
+            self.threads.own = httpx.HTTPTransport(verify=self.context)
             self.all.append(self.threads.own)
-        return self.threads.own.handle_request(request)
+        response = self.threads.own.handle_request(request)
+        if response.status_code == 500:  # after which uvicorn closes the connection
+            response.read()
+            self.threads.own.close()
+            del self.threads.own
+        return response
 
     def close(self) -> None:
         for transport in self.all:
