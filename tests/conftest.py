@@ -37,6 +37,13 @@ def server() -> Iterator[str]:
             yield postgres.url("postgres")
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Postgres]:
+    """A server of one file's own, to which it can listen, and which it may stop."""
+    with Postgres() as postgres:
+        yield postgres
+
+
 @pytest.fixture
 def empty_database(server: str) -> Iterator[str]:
     """The URL of a database without tables, one for each test."""

@@ -32,13 +32,6 @@ END = f"SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity WHER
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    """A server that these tests may stop; each leaves it running."""
-    with Postgres() as postgres:
-        yield postgres
-
-
-@pytest.fixture(scope="module")
 def server(postgres: Postgres) -> str:
     return postgres.url("postgres")
 

@@ -4,7 +4,6 @@ import json
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
 from statistics import median
 
 import psutil
@@ -15,12 +14,6 @@ from support.wire import Wire
 from test_faults import CONNECTED, WAITING, ask, locked_table
 
 BUSY = {"detail": "Too many logins, try again later"}
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    with Postgres() as postgres:
-        yield postgres
 
 
 @pytest.fixture(scope="module")

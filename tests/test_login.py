@@ -14,13 +14,6 @@ COST = "$2b$09$"  # what the service of these tests hashes with
 
 
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    """A server to which one can listen, whatever TEST_DATABASE_URL says."""
-    with Postgres() as postgres:
-        yield postgres
-
-
-@pytest.fixture(scope="module")
 def server(postgres: Postgres) -> str:
     return postgres.url("postgres")
 
