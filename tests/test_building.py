@@ -96,12 +96,19 @@ async def stream(session: SessionDep) -> StreamingResponse:
 
 
 @app.post("/later")
-async def later(mark: str, user: CurrentUser, tasks: BackgroundTasks) -> None:
-    async def write() -> None:
-        async with AsyncSession(engine) as session, session.begin():
-            session.add(Note(text=mark, author_id=user.id))
+async def later(
+    mark: str, user: CurrentUser, session: SessionDep, tasks: BackgroundTasks
+) -> None:
+    async def write(own: AsyncSession, text: str) -> None:
+        own.add(Note(text=text, author_id=user.id))
+        await own.commit()
 
-    tasks.add_task(write)
+    async def write_alone() -> None:
+        async with AsyncSession(engine) as own:
+            await write(own, mark + " too")
+
+    tasks.add_task(write, session, mark)
+    tasks.add_task(write_alone)
 """
 ROUTE = """
 
@@ -300,11 +307,11 @@ def test_a_stream_by_the_session(service: Service) -> None:
     assert text == " " + " ".join(map(str, range(1, 3001)))
 
 
-def test_a_background_task(service: Service, database: str, ann: Account) -> None:
+def test_background_tasks(service: Service, database: str, ann: Account) -> None:
     mark = secrets.token_hex(6)
     ask = {"params": {"mark": mark}, "headers": ann.headers}
     assert service.http.post("/later", **ask).status_code == 200
-    until(lambda: left(database, mark) == {""})
+    until(lambda: left(database, mark) == {"", " too"})
 
 
 @pytest.mark.parametrize(("size", "status"), [(99_000, 200), (101_000, 413)])
