@@ -30,7 +30,7 @@ def init_db() -> None:
         # Hosts may run this command several times at once. The lock, which is held until
         # the commit, lets one go first: otherwise two would create the same table.
         connection.execute(select(func.pg_advisory_xact_lock(LOCK)))
-        inspector = inspect(connection)
+        inspector = inspect(connection)  # reads which tables and columns there are
         for table in tables:
             if inspector.has_table(table.name, schema=table.schema):
                 already_there.add(table)
@@ -48,7 +48,7 @@ def init_db() -> None:
 if __name__ == "__main__":
     try:
         for module in sys.argv[1:]:
-            # A shell completes the name of the file: ./app/models.py is app.models.
+            # Tab completion gives a path, ./app/models.py, for the module app.models.
             path = Path(module.removesuffix(".py"))
             import_module(".".join(path.parts))
         init_db()

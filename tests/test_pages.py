@@ -169,7 +169,7 @@ ALL_PROSE = " ".join(re.sub(r"\s+", " ", prose) for prose in PROSE.values())
         ("The token lasts 30 minutes", "Field(\n        30, ge=1,"),
         ("minutes, from 1 to 525600", "ge=1, le=525_600"),
         ("expected a number from 4 to 16", "Field(12, ge=4, le=16,"),
-        ("expected 32 characters or more and no blank", "min_length=32,"),
+        ("expected 32 characters or more and no spaces", "min_length=32,"),
         ("| `BCRYPT_ROUNDS` | 12 |", "BCRYPT_ROUNDS: int = Field(12,"),
         ("has ten for your sessions", '"pool_size": 10,'),
         ("waits 5 seconds for one", '"pool_timeout": 5,'),

@@ -12,7 +12,7 @@ LOAD = "To load the settings from .env: set -a; . ./.env; set +a\n"
 URL = "postgresql://ann:sesame@127.0.0.1/auth"
 EXPECTED = {
     "DATABASE_URL": "expected a URL such as postgresql://user:password@host/database",
-    "JWT_SECRET": "expected 32 characters or more and no blank, from: openssl rand -hex 32",
+    "JWT_SECRET": "expected 32 characters or more and no spaces, from: openssl rand -hex 32",
     "ACCESS_TOKEN_MINUTES": "expected minutes, from 1 to 525600 (a year)",
     "BCRYPT_ROUNDS": "expected a number from 4 to 16",
 }
