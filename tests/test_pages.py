@@ -174,6 +174,10 @@ ALL_PROSE = " ".join(re.sub(r"\s+", " ", prose) for prose in PROSE.values())
         ("has ten for your sessions", '"pool_size": 10,'),
         ("waits 5 seconds for one", '"pool_timeout": 5,'),
         ("20 connections", '"pool_size": 10,'),
+        (
+            "ten for the service's own queries and ten for your sessions",
+            '"pool_size": 10,',
+        ),
         ("503 after 10 seconds", "asyncio.timeout(10)"),
         ("more than 16 KiB", "max_body_size=16 * 1024"),
         (

@@ -69,7 +69,7 @@ def same(expected: str, printed: str) -> bool:
 def docstring_example() -> str:
     """The notes.py in the docstring of main.py."""
     docstring = ast.get_docstring(ast.parse((ROOT / "main.py").read_text()))
-    example = docstring.partition("same folder:\n")[2].partition("Then create")[0]
+    example = docstring.partition("same folder:\n")[2].partition("Then load")[0]
     return dedent(example).lstrip()
 
 
