@@ -113,8 +113,8 @@ except ValidationError as error:
 
 # --- Database -------------------------------------------------------------------------
 
-# Many hosts print URLs that begin with postgres://, which SQLAlchemy does not know. It
-# calls PostgreSQL with the driver psycopg postgresql+psycopg.
+# Many hosts print URLs that begin with postgres://, which SQLAlchemy does not know. Its
+# name for PostgreSQL with the driver psycopg is postgresql+psycopg.
 DATABASE_URL = make_url(str(settings.DATABASE_URL)).set(drivername="postgresql+psycopg")
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 8,  # seconds
@@ -134,7 +134,7 @@ ENGINE_OPTIONS: dict[str, Any] = {
 # For the sessions of your own routes.
 engine = create_async_engine(DATABASE_URL, **ENGINE_OPTIONS)
 # For the routes of this file. They run single queries, which need no BEGIN and no COMMIT.
-# Of four round trips to the database two remain: the test and the query. Its connections
+# Of four round trips to the database two remain: the test and the query. The connections
 # are separate, so that slow routes of yours can never make a login wait for one.
 autocommit_engine = create_async_engine(
     DATABASE_URL, isolation_level="AUTOCOMMIT", **ENGINE_OPTIONS
