@@ -118,8 +118,8 @@ except ValidationError as error:
 DATABASE_URL = make_url(str(settings.DATABASE_URL)).set(drivername="postgresql+psycopg")
 CONNECT_ARGS: dict[str, Any] = {
     "connect_timeout": 8,  # seconds
-    # Neon's pooler lets many clients share connections. A statement that was prepared on
-    # one of them would be missing on the next, so psycopg must not prepare any.
+    # PostgreSQL can keep a query that runs often, prepared, on a connection. Neon's pooler
+    # may use another connection the next time. None: psycopg prepares no query.
     "prepare_threshold": None,
 }
 ENGINE_OPTIONS: dict[str, Any] = {
@@ -133,9 +133,10 @@ ENGINE_OPTIONS: dict[str, Any] = {
 
 # For the sessions of your own routes.
 engine = create_async_engine(DATABASE_URL, **ENGINE_OPTIONS)
-# For the routes of this file. They run single queries, which need no BEGIN and no COMMIT.
-# Of four round trips to the database two remain: the test and the query. The connections
-# are separate, so that slow routes of yours can never make a login wait for one.
+# For the routes of this file. A session sends four messages to the database and waits for
+# each: the test of the connection, BEGIN, the query, COMMIT. A single query needs only the
+# test and the query. These connections are separate, so that slow routes of yours never
+# make a login wait for one. A process opens up to 20 connections in all.
 autocommit_engine = create_async_engine(
     DATABASE_URL, isolation_level="AUTOCOMMIT", **ENGINE_OPTIONS
 )
@@ -168,7 +169,7 @@ def describe_database_error(error: Exception) -> str:
     """One line for the log that says what went wrong, without the values of any row."""
     if isinstance(error, TimeoutError):
         return "no answer within 10 seconds"
-    # The driver's own error is in .orig, except when SQLAlchemy itself raised the error.
+    # SQLAlchemy keeps an error of the driver in .orig. An error of its own has no .orig.
     cause = getattr(error, "orig", error)
     # PostgreSQL may quote the row in the lines after the first.
     first_line = str(cause).partition("\n")[0]
@@ -198,12 +199,12 @@ async def fetch_one(
 async def get_session() -> AsyncIterator[AsyncSession]:
     """Yield a SQLAlchemy session. One commit saves all changes before it, or none.
 
-    It takes a connection at the first query, waiting at most 5 seconds for it, and gives
-    it back at a commit, at a rollback, or after the answer. It waits without limit for
-    the answer to a query.
+    It takes a connection at the first query and gives it back at a commit, at a
+    rollback, or after the response. If none is free within 5 seconds, SQLAlchemy raises
+    an error, which is a 500. It waits without limit for the result of a query.
     """
-    # With the default, True, reading an object after a commit would run a query in the
-    # background, which fails in async code.
+    # With the default, True, reading an object after a commit would load it again without
+    # an await, which fails in async code.
     async with AsyncSession(engine, expire_on_commit=False) as session:
         yield session
 
@@ -214,7 +215,8 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 # not make it faster. A container may see more cores than it can use: hence at most 4.
 hashing_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
 
-# The beginning of each hash that is made here, such as $2b$12$: it contains the cost.
+# Each hash that is made here begins with the version of bcrypt and the cost, in two
+# digits, such as $2b$12$.
 HASH_PREFIX = f"$2b${settings.BCRYPT_ROUNDS:02}$"
 
 # A login with an unknown email is checked against this hash, which no password matches.
@@ -243,9 +245,13 @@ async def run_in_hashing_thread(function: Callable[..., Any], *arguments: bytes)
     Returns what the function does. Raises a 503 if no thread is free within 3 seconds.
     """
     job = hashing_threads.submit(function, *arguments)
-    result = asyncio.wrap_future(job)  # which can be awaited, unlike a thread's job
+    # The job of a thread cannot be awaited, but what wrap_future makes of it can.
+    result = asyncio.wrap_future(job)
+    # This stops waiting after 3 seconds and changes nothing else. wait_for would also give
+    # up a hash that is half done.
     await asyncio.wait([result], timeout=3)
-    # Only a job that has not begun can be cancelled. One that has begun is waited for.
+    # cancel() takes the job out of the queue and returns True. If a thread has already
+    # begun it, cancel() does nothing and returns False.
     if job.cancel():
         logger.error("too many logins: no thread was free to hash within 3 seconds")
         raise unavailable("Too many logins, try again later")
@@ -357,8 +363,8 @@ def read_access_token(token: str) -> UUID:
 # --- Dependencies for routes ----------------------------------------------------------
 SessionDep = Annotated[AsyncSession, Depends(get_session)]
 
-# Every request with a token runs this query, and to build it anew each time would make
-# such a request 13 % slower. Its user_id comes later.
+# Every request with a token runs this query. Building it anew each time would make such a
+# request 13 % slower, so it has a parameter, whose value fetch_one sends with it.
 SELECT_USER_BY_ID = select(User).where(User.id == bindparam("user_id"))
 
 
@@ -389,10 +395,12 @@ app = FastAPI(
     # By default, POST /auth/login/ would be redirected to the host that the request
     # names, and some clients would send the password there.
     redirect_slashes=False,
-    # Generated clients then have register(), not register_auth_register_post().
+    # Client code that is generated from the OpenAPI document then has register(), not
+    # register_auth_register_post().
     generate_unique_id_function=lambda route: route.name,
     # Close all connections at the end. Tests start the application several times, each
-    # time with another event loop, in which older connections would not work.
+    # time with another event loop, in which older connections would not work. This is not
+    # lifespan=, with which startup events of yours would not run.
     on_shutdown=[engine.dispose, autocommit_engine.dispose],
     responses={
         400: {"model": ErrorOut, "description": "The body is not UTF-8"},
@@ -460,8 +468,9 @@ async def invalid_request(
 ) -> JSONResponse:
     """A 422 that names each wrong field, without what was sent for it.
 
-    What was sent may be a password. It is in "input", and may be quoted in "ctx". Both
-    are removed from the error itself, so that a traceback does not show them either.
+    What was sent may be a password. It is in "input", and "ctx", the details of the
+    message, may quote it. Both are removed from the error itself, which keeps this list,
+    so that a traceback does not show them either.
     """
     problems = error.errors()
     for problem in problems:
