@@ -51,12 +51,6 @@ def test_web_concurrency_starts_processes(database: str) -> None:
         until(lambda: service.log.count("Application startup complete") == 3)
 
 
-def test_uvicorn_ignores_port(database: str) -> None:
-    port = free_port()
-    with Service(database, PORT=str(port)) as service:
-        assert service.port != port
-
-
 def test_the_loop_for_windows_serves_here_too(database: str) -> None:
     (loop,) = set(json.loads(f'["{PAGE.split("--loop ")[1].split("`")[0]}"]'))
     with Service(database, "--loop", loop) as service:

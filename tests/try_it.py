@@ -6,6 +6,7 @@ Nothing has to be installed before, and nothing is left behind but .venv with th
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +29,7 @@ if __name__ == "__main__":
         sys.exit(
             "error: this needs Python 3.11 or newer, not " + sys.version.split()[0]
         )
-    if Path(sys.prefix) != VENV:
+    if Path(sys.prefix) != VENV or find_spec("psutil") is None:
         print("Installing the packages into .venv, which takes about half a minute ...")
         try:
             install()

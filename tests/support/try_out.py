@@ -26,7 +26,7 @@ TOKEN=$(curl -s $API/auth/login -H "$JSON" -d "$ANN" | sed 's/.*"access_token":"
 echo $TOKEN
 curl -w '\\n' $API/auth/me -H "Authorization: Bearer $TOKEN"
 
-psql, to look into the database, needs two lines more:
+# psql, to look into the database:
 
 export PATH="$PATH:{bin}"
 psql '{database}' -c 'SELECT email, is_active FROM users'
