@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.command import JWT_SECRET, ROOT, environment, free_port, missing, run
-from support.postgres import POSTGRES_BIN, change_url
+from support.postgres import POSTGRES_BIN, Postgres, change_url
 from test_neon import SITUATIONS as OF_NEON
 
 PAGE = (ROOT / "docs" / "errors.md").read_text()
@@ -144,6 +144,12 @@ def test_every_row_has_its_situation() -> None:
         assert any(pattern.fullmatch(text) for text in said), row
     for text in said:
         assert any(pattern.fullmatch(text) for pattern in patterns.values()), text
+
+
+@pytest.fixture(scope="module")
+def server(postgres: Postgres) -> str:
+    """A server without TLS, whatever TEST_DATABASE_URL says: some messages need it."""
+    return postgres.url("postgres")
 
 
 @pytest.fixture(scope="session")
