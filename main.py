@@ -36,13 +36,13 @@ import secrets
 import sys
 import unicodedata
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 from uuid import UUID
 
 import bcrypt
 import jwt
+from anyio import CapacityLimiter
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -211,19 +211,20 @@ async def get_session() -> AsyncIterator[AsyncSession]:
 
 # --- Passwords ------------------------------------------------------------------------
 
-# A hash keeps one core busy for a quarter of a second, so more threads than cores would
-# not make it faster. A container may see more cores than it can use: hence at most 4.
-hashing_threads = ThreadPoolExecutor(min(os.cpu_count() or 1, 4))
-
-# Each hash that is made here begins with the version of bcrypt and the cost, in two
-# digits, such as $2b$12$.
-HASH_PREFIX = f"$2b${settings.BCRYPT_ROUNDS:02}$"
+# A hash keeps one core busy for a quarter of a second, so hashing more passwords at once
+# than there are cores would not be faster. A container may see more cores than it can
+# use: hence at most 4. asyncio.Semaphore would do the same for one event loop only, and
+# tests start several. anyio comes with FastAPI.
+hashing_slots = CapacityLimiter(min(os.cpu_count() or 1, 4))
 
 # A login with an unknown email is checked against this hash, which no password matches.
 # It then takes as long as one with a known email, and does not tell which is which.
 DUMMY_HASH = bcrypt.hashpw(
     secrets.token_bytes(32), bcrypt.gensalt(settings.BCRYPT_ROUNDS)
 ).decode()
+
+# The first 7 characters of a hash are the version of bcrypt and the cost: $2b$12$.
+HASH_PREFIX = DUMMY_HASH[:7]
 
 
 def normalize_password(password: str) -> str:
@@ -239,29 +240,27 @@ def normalize_password(password: str) -> str:
     return password
 
 
-async def run_in_hashing_thread(function: Callable[..., Any], *arguments: bytes) -> Any:
+async def run_in_thread(function: Callable[..., Any], *arguments: bytes) -> Any:
     """Run a function of bcrypt's in a thread, so that other requests go on meanwhile.
 
-    Returns what the function does. Raises a 503 if no thread is free within 3 seconds.
+    Returns what the function does. Raises a 503 if no slot is free within 3 seconds.
     """
-    job = hashing_threads.submit(function, *arguments)
-    # The job of a thread cannot be awaited, but what wrap_future makes of it can.
-    result = asyncio.wrap_future(job)
-    # This stops waiting after 3 seconds and changes nothing else. wait_for would also give
-    # up a hash that is half done.
-    await asyncio.wait([result], timeout=3)
-    # cancel() takes the job out of the queue and returns True. If a thread has already
-    # begun it, cancel() does nothing and returns False.
-    if job.cancel():
-        logger.error("too many logins: no thread was free to hash within 3 seconds")
-        raise unavailable("Too many logins, try again later")
-    return await result
+    try:
+        async with asyncio.timeout(3):
+            await hashing_slots.acquire()
+    except TimeoutError as error:
+        logger.error("too many logins: no slot was free to hash within 3 seconds")
+        raise unavailable("Too many logins, try again later") from error
+    try:
+        return await asyncio.to_thread(function, *arguments)
+    finally:
+        hashing_slots.release()
 
 
 async def hash_password(password: str) -> str:
     """Return the bcrypt hash of a password. Raises a 503 if too many are waiting."""
     salt = bcrypt.gensalt(settings.BCRYPT_ROUNDS)
-    hashed: bytes = await run_in_hashing_thread(bcrypt.hashpw, password.encode(), salt)
+    hashed: bytes = await run_in_thread(bcrypt.hashpw, password.encode(), salt)
     return hashed.decode()
 
 
@@ -269,7 +268,7 @@ async def verify_password(password: str, hashed_password: str) -> bool:
     """Return whether a hash is a password's. Raises a 503 if too many are waiting."""
     arguments = password.encode(), hashed_password.encode()
     try:
-        is_right: bool = await run_in_hashing_thread(bcrypt.checkpw, *arguments)
+        is_right: bool = await run_in_thread(bcrypt.checkpw, *arguments)
     except ValueError:
         # The stored text is not a bcrypt hash. Hashing the password makes this refusal
         # take as long as any other.
@@ -330,7 +329,7 @@ class ErrorOut(BaseModel):
 
 # --- Access tokens --------------------------------------------------------------------
 def create_access_token(user_id: UUID) -> str:
-    """Return a signed token that names a user, valid for ACCESS_TOKEN_MINUTES."""
+    """Return a signed token with the id of a user, valid for ACCESS_TOKEN_MINUTES."""
     expires = datetime.now(UTC) + timedelta(minutes=settings.ACCESS_TOKEN_MINUTES)
     claims = {"sub": str(user_id), "exp": expires}
     return jwt.encode(claims, settings.JWT_SECRET, algorithm="HS256")
@@ -346,7 +345,7 @@ def invalid_token() -> HTTPException:
 
 
 def read_access_token(token: str) -> UUID:
-    """Return the id of the user whom a token names. Raises a 401 if it is not valid."""
+    """Return the id of the user in a token. Raises a 401 if the token is not valid."""
     try:
         claims = jwt.decode(
             token,
@@ -371,7 +370,7 @@ SELECT_USER_BY_ID = select(User).where(User.id == bindparam("user_id"))
 async def get_current_user(
     credentials: Annotated[HTTPAuthorizationCredentials, Depends(HTTPBearer())],
 ) -> UserOut:
-    """Return the active user whom the access token names.
+    """Return the active user whose id is in the access token.
 
     Raises a 401 if the token is missing (by HTTPBearer), if it is not valid, or if its
     user is gone or inactive, and a 503 if the database does not answer.
@@ -457,7 +456,7 @@ async def login(credentials: Credentials, response: Response) -> Token:
 
 @app.get("/auth/me", responses={401: {"model": ErrorOut}})
 async def me(user: CurrentUser) -> UserOut:
-    """Return the user whom the access token names: the example of a protected route."""
+    """Return the user of the access token: the example of a protected route."""
     return user
 
 
