@@ -168,7 +168,9 @@ def login_flood(service: Service, login: bytes, check: bytes) -> Iterator[Row]:
     served, times = asyncio.run(flood(service, login, check, 60, seconds))
     theirs.append(bcrypt_alone())
     progress(f"of 60 clients at once {served:.2f}/s logged in")
-    yield row("Logins, 60 clients at once", served, "bcrypt alone", median(theirs), "/s")
+    yield row(
+        "Logins, 60 clients at once", served, "bcrypt alone", median(theirs), "/s"
+    )
     what, ours = "A token check meanwhile, median", 1000 * median(times)
     yield row(what, ours, "idle", 1000 * median(idle), "ms")
 

@@ -65,6 +65,9 @@ FULL = (
 )
 ROLE = """query "CREATE ROLE $ROLE LOGIN PASSWORD 'low'"; """
 DROP_ROLE = 'query "DROP OWNED BY $ROLE"; query "DROP ROLE $ROLE"'
+TRUST = """HBA=$(psql -Atc 'SHOW hba_file' $DATABASE_URL); query "COPY (VALUES
+    ('host all $ROLE 127.0.0.1/32 trust'), ('host all all 127.0.0.1/32 scram-sha-256'))
+    TO '$HBA'"; query 'SELECT pg_reload_conf()'; sleep 1; """
 MANY = (
     'seq {} | xargs -P {} -I% curl -sS -o /dev/null -H "$J" -d "$ANN" $API/auth/login; '
 )
@@ -79,6 +82,7 @@ SITUATIONS = [
     row(f"{URL}relative URL without a base", mistake='with "psql $DATABASE_URL"; env $(cat .env) $INIT', fix="tr -d \"'\" < .env > docker.env; env $(cat docker.env) $INIT"),
     row(f"{URL}invalid port number", mistake="with 'postgresql://a:b#c@127.0.0.1/d'; with 'postgresql://a:b/c@127.0.0.1/d'", fix="(! with 'postgresql://a:b%23c%2Fd@127.0.0.1:1/d') 2>&1 | grep refused"),
     row(f"{URL}empty host", mistake="with postgresql:///d", fix="(! with 'postgresql://a@localhost/d?host=/nowhere') 2>&1 | grep /nowhere/.s.PGSQL"),
+    row(f"{URL}invalid domain character", mistake="with 'postgresql://user:password@<host>/database'"),
     row("error: DATABASE_URL: URL scheme should be", mistake="with mysql://ann@127.0.0.1/d"),
     row("error: BCRYPT_ROUNDS: Input should be", "error: ACCESS_TOKEN_MINUTES: Input should be", mistake="BCRYPT_ROUNDS=17 ACCESS_TOKEN_MINUTES=30m $INIT", fix="BCRYPT_ROUNDS=12 ACCESS_TOKEN_MINUTES=30 $INIT"),
     row("address already in use", mistake="serve; uvicorn main:app --port $PORT", fix="kill %1; wait; serve"),
@@ -86,6 +90,8 @@ SITUATIONS = [
     row("No module named 'sqlalchemy'", mistake=f"{EMPTY} $INIT", fix="PATH=$OLD_PATH; $INIT"),
     row('Could not import module "main"', mistake="cd /; uvicorn main:app", fix="cd $OLDPWD; serve"),
     row('Import string "main" must be in format', mistake="uvicorn main", fix='serve; test -z "$(python main.py)"'),
+    row('Attribute "api" not found in module "main"', mistake="uvicorn main:api", fix="serve"),
+    row("No module named 'httpx'", mistake="echo 'import httpx' > notes.py; $ALONE/uvicorn notes:app", fix="$ALONE/pip install -q httpx; $ALONE/python init_db.py notes"),
     row("cannot import name 'UTC' from 'datetime'", mistake="python -c 'import datetime; del datetime.UTC; import main'", fix="python -c 'import main'"),
     row("No module named 'dotenv'", mistake="$ALONE/uvicorn --env-file .env main:app", fix="$ALONE/pip install -q python-dotenv; unset DATABASE_URL; PATH=$ALONE:$PATH; serve main:app --env-file .env; post login \"$ANN\" | grep password"),
     row('To use the fastapi command, please install "fastapi[standard]"', mistake="$ALONE/fastapi dev"),
@@ -98,18 +104,23 @@ SITUATIONS = [
     row("Input should be a valid dictionary or object to extract fields from", mistake='serve; curl -sS $API/auth/register -d "$ANN"', fix='post register "$ANN" | grep ann@'),
     row("JSON decode error", mistake='serve; post register "{\'email\': 1}"', fix='post register "$ANN" | grep ann@'),
     row("value is not a valid email address", "String should have at least 8 characters", mistake='serve; post register \'{"email": "ann", "password": "short"}\''),
+    row("Field required", "Input should be a valid string", mistake='serve; post register "{}"; post register \'{"email": "ann@example.com", "password": 12345678}\'', fix='post register "$ANN" | grep ann@'),
+    row("String should have at most 72 characters", mistake='serve; post register "{\\"email\\": \\"ann@example.com\\", \\"password\\": \\"$(printf "a%.0s" {1..73})\\"}"'),
     row("must be 72 bytes of UTF-8 or fewer, without NUL characters", mistake='serve; post register "{\\"email\\": \\"ann@example.com\\", \\"password\\": \\"$(printf "é%.0s" {1..37})\\"}"', fix='post register "{\\"email\\": \\"ann@example.com\\", \\"password\\": \\"$(printf "é%.0s" {1..36})\\"}" | grep ann@'),
     row("There was an error parsing the body", mistake="serve; post register $'\\xff'"),
+    row("Internal Server Error", mistake="printf 'from main import app\\n@app.get(\"/bad\")\\nasync def bad() -> int:\\n    return 1 // 0\\n' > notes.py; serve notes:app; curl -sS $API/bad", fix="kill %1; wait; sed -i s,//,+, notes.py; serve notes:app; curl -sSf $API/bad"),
     row("Content Too Large", mistake="serve; post register $(printf 'a%.0s' {1..17000})"),
     row("Not Found", "Method Not Allowed", mistake='serve; post register/ "$ANN"; curl -sS $API/auth/login', fix='post register "$ANN" | grep ann@'),
     row("error: no tables created: table users lacks is_active", mistake='query "ALTER TABLE users DROP is_active"; $INIT', fix='query "DROP TABLE users"; $INIT'),
     row("error: no tables created: No module named '…'", mistake="$INIT nots", fix="touch notes.py; $INIT notes"),
     row("permission denied for schema public", mistake=f"{ROLE} query 'DROP TABLE users'; with $LOW", fix=f'query "GRANT CREATE ON SCHEMA public TO $ROLE"; with $LOW; {DROP_ROLE}'),
     row("Connection refused", mistake="with postgresql://ann@127.0.0.1:1/d"),
-    row("failed to resolve host '…'", 'could not translate host name "…" to address', mistake="with postgresql://ann@nowhere.invalid/d; psql postgresql://ann@nowhere.invalid/d"),
+    row("failed to resolve host '…'", 'could not translate host name "…" to address', mistake="with postgresql://ann@nowhere.invalid/d; psql postgresql://a:b@c@127.0.0.1/d"),
     row('password authentication failed for user "…"', mistake="with $WRONG", fix="$INIT"),
     row("fe_sendauth: no password supplied", mistake="with ${WRONG/:wrong/}", fix="$INIT"),
     row('FATAL: database "…" does not exist', mistake="with ${DATABASE_URL%/*}/nowhere", fix="$INIT"),
+    row('relation "notes" does not exist', mistake="printf 'from main import Base\\nfrom sqlalchemy import Column, Integer, Table\\nTable(\"notes\", Base.metadata, Column(\"id\", Integer))\\n' > notes.py; $INIT; query 'TABLE notes'", fix="$INIT notes; query 'TABLE notes'"),
+    row('role "…" does not exist', mistake=f"{TRUST} with $LOW", fix=f"{ROLE} with $LOW; {DROP_ROLE}"),
     row("server does not support SSL, but SSL was required", mistake="with $DATABASE_URL?sslmode=require", fix="$INIT"),
     row('invalid connection option "…"', 'invalid URI query parameter: "…"', mistake="for option in pgbouncer=true schema=x connection_limit=1; do psql $DATABASE_URL?$option; done; with $DATABASE_URL?schema=x", fix="$INIT"),
     row("no answer within 10 seconds", "QueuePool limit of size 10 overflow 0 reached", mistake=f"serve; {BUSY} {MANY.format(11, 11)}", fix='query "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE \'%sleep%\' AND pid <> pg_backend_pid()" > /dev/null; post register "$ANN" | grep ann@'),
@@ -118,10 +129,14 @@ SITUATIONS = [
     row("cannot execute INSERT in a read-only transaction", mistake='DATABASE_URL="$DATABASE_URL?options=-cdefault_transaction_read_only%3Don"; serve; post register "$ANN"', fix='kill %1; wait; DATABASE_URL=${DATABASE_URL%\\?*}; serve; post register "$ANN" | grep ann@'),
     row('connection to server on socket "…" failed', mistake="unset DATABASE_URL; PGHOST=/nowhere psql $DATABASE_URL -f verify.sql", fix='eval $LOAD; psql "$DATABASE_URL" -f verify.sql'),
     row("psql: command not found", mistake="PATH=$PWD; psql", fix="PATH=$OLD_PATH; query 'SELECT 1'"),
+    row('invalid integer value "…" for connection option "port"', mistake="psql 'postgresql://a:b/c@127.0.0.1/d'", fix="(! psql 'postgresql://a:b%2Fc%40%23%25@127.0.0.1:1/d') 2>&1 | grep refused"),
+    row(".env: No such file or directory", "can't open file '…init_db.py'", mistake="mkdir t; cd t; . ./.env; $INIT", fix="cd ..; eval $LOAD; $INIT"),
+    row("DATABASE_URL: command not found", mistake="sed -i 's/=/ = /' .env; . ./.env", fix="sed -i 's/ = /=/' .env; eval $LOAD; $INIT"),
     row('ERROR: relation "users" does not exist', mistake="query 'DROP TABLE users'; psql $DATABASE_URL -f verify.sql", fix="$INIT; psql $DATABASE_URL -f verify.sql"),
     row("unexpected EOF while looking for matching", mistake="echo \"DATABASE_URL='postgresql://a:b'c@h/d'\" > bad; . ./bad", fix="echo \"DATABASE_URL='postgresql://a:b%27c@h/d'\" > good; . ./good"),
-    row("Unsupported use of '='. In fish, please use", mistake="unset DATABASE_URL; fish -c '. ./.env'", fix="bash -c 'set -a; . ./.env; exec fish -c \"python init_db.py\"'"),
+    row("Unsupported use of '='. In fish, please use", mistake="unset DATABASE_URL; fish -c '. ./.env'; fish -c '. $ALONE/activate'", fix="fish -c '. $ALONE/activate.fish'; bash -c 'set -a; . ./.env; exec fish -c \"python init_db.py\"'"),
     row("curl: (7) Failed to connect to", mistake='post login "$ANN"', fix="serve; curl -sSfo /dev/null $API/docs"),
+    row("curl: (3)", "curl: (35)", mistake="serve; curl -sS $NOTHING/auth/me; curl -sS https://127.0.0.1:$PORT/docs", fix="curl -sSfo /dev/null $API/docs"),
     row("Target database is not up to date.", 'relation "users" already exists', "Can't locate revision identified by '…'", mistake="migrate; alembic revision --autogenerate -m next; alembic upgrade head; alembic stamp head; mv migrations/versions .; alembic upgrade head", fix="mv versions migrations; alembic upgrade head; alembic revision --autogenerate -m next; alembic upgrade head"),
     row("No module named 'psycopg2'", "'%' must be followed by '%' or '('", mistake="template $DATABASE_URL; template postgresql+psycopg2://ann@h/d", fix="U=${DATABASE_URL/sql:/sql+psycopg:}; template ${U/\\%/%%}"),
     row("error: externally-managed-environment", mistake="/usr/bin/python3 -m pip install bcrypt", fix=". $ALONE/activate; pip install -q bcrypt"),
