@@ -162,9 +162,9 @@ def logins(service: Service, login: bytes) -> Row:
 
 def login_flood(service: Service, login: bytes, check: bytes) -> Iterator[Row]:
     """Many more clients than can be served: most are told so with a 503."""
-    idle = asyncio.run(probe(service, check, 2 if QUICK else 5))
+    idle = asyncio.run(probe(service, check, 1 if QUICK else 5))
     theirs = [bcrypt_alone()]
-    seconds = 4 if QUICK else 20
+    seconds = 2 if QUICK else 20
     served, times = asyncio.run(flood(service, login, check, 60, seconds))
     theirs.append(bcrypt_alone())
     progress(f"of 60 clients at once {served:.2f}/s logged in")

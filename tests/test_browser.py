@@ -1,30 +1,18 @@
-"""In a real browser: the page /docs as a person uses it, and a page of another origin."""
+"""In a real browser: a page of another origin calls the service, as docs/build.md says."""
 
-import json
 import re
 import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
-from playwright.sync_api import (
-    Browser,
-    Error,
-    Locator,
-    Page,
-    Route,
-    expect,
-    sync_playwright,
-)
-from support.command import ROOT, from_npm, missing
+from playwright.sync_api import Browser, Error, Page, sync_playwright
+from support.command import ROOT, missing
 from support.service import Service
 
 PATIENCE = 20_000  # milliseconds, for a busy machine
-SWAGGER_UI = "swagger-ui-dist@5"  # as FastAPI's page names it
-CDN = f"https://cdn.jsdelivr.net/npm/{SWAGGER_UI}/"
 BUILD = (ROOT / "docs" / "build.md").read_text()
 (CORS,) = re.findall(r"^```python cors\.py\n(.*?)^```", BUILD, re.MULTILINE | re.DOTALL)
 (FETCH,) = re.findall(r"^```js\n(.*?)^```", BUILD, re.MULTILINE | re.DOTALL)
@@ -41,7 +29,6 @@ def browser() -> Iterator[Browser]:
         # Neither a page nor Chromium itself reaches a host but this one.
         alone = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
         browser = playwright.chromium.launch(executable_path=program, args=[alone])
-        expect.set_options(timeout=PATIENCE)
         yield browser
         browser.close()
 
@@ -55,62 +42,6 @@ def page(browser: Browser) -> Iterator[Page]:
     context.close()
 
 
-# --- /docs
-@pytest.fixture(scope="module")
-def swagger_ui(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with Swagger UI's files, the same that the CDN gives to a reader."""
-    return from_npm(SWAGGER_UI, tmp_path_factory.mktemp("swagger")) / "swagger-ui-dist"
-
-
-@pytest.fixture
-def docs(page: Page, swagger_ui: Path, service: Service) -> Page:
-    """The page /docs, opened."""
-
-    def instead_of_the_cdn(route: Route) -> None:
-        route.fulfill(path=swagger_ui / route.request.url.removeprefix(CDN))
-
-    page.route(f"{CDN}*", instead_of_the_cdn)
-    page.goto(f"{service.url}/docs")
-    return page
-
-
-def click(place: Page | Locator, button: str) -> None:
-    place.get_by_role("button", name=button, exact=True).click()
-
-
-def opened(docs: Page, path: str) -> Locator:
-    """A route on the page, ready to be tried out."""
-    route = docs.locator(".opblock", has=docs.locator(f'[data-path="{path}"]'))
-    route.locator(".opblock-summary-control").click()
-    click(route, "Try it out")
-    return route
-
-
-def execute(route: Locator, status: int) -> Any:
-    """The body of the answer that the page shows after a click on Execute."""
-    click(route, "Execute")
-    answer = route.locator(".live-responses-table .response")
-    # The page adds "Undocumented" where OpenAPI does not list the status.
-    expect(answer.locator(".response-col_status")).to_have_text(str(status))
-    return json.loads(answer.locator("code").first.inner_text())
-
-
-def test_a_person_registers_logs_in_and_uses_the_token(docs: Page) -> None:
-    register, login = opened(docs, "/auth/register"), opened(docs, "/auth/login")
-    user = execute(register, 201)
-    assert execute(register, 409) == {"detail": "Email already registered"}
-    token = execute(login, 200)["access_token"]
-    me = opened(docs, "/auth/me")
-    assert execute(me, 401) == {"detail": "Not authenticated"}
-    click(docs, "Authorize")
-    dialog = docs.locator(".modal-ux")
-    dialog.get_by_role("textbox").fill(token)
-    click(dialog, "Apply credentials")  # the button that shows "Authorize"
-    click(dialog, "Close")
-    assert execute(me, 200) == user
-
-
-# --- Another origin
 class FrontEnd(BaseHTTPRequestHandler):
     """A server of one page, the same for every path."""
 
@@ -161,15 +92,3 @@ def test_a_page_of_another_origin_logs_in(
         assert (found["id"], found["email"]) == (eve.id, eve.email)
         with pytest.raises(Error, match="Failed to fetch"):
             page.evaluate(f"fetch('{service.url}/broken')")
-
-
-def test_without_cors_it_fails_to_fetch(
-    page: Page, origin: str, service: Service
-) -> None:
-    said: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.goto(origin)
-    with pytest.raises(Error, match="Failed to fetch"):
-        page.evaluate(f"fetch('{service.url}/auth/me')")
-    why = "No 'Access-Control-Allow-Origin' header is present"
-    assert any(why in line for line in said), said

@@ -171,8 +171,9 @@ def server(postgres: Postgres) -> str:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The programs of an environment with the service's requirements and gunicorn only."""
     folder = tmp_path_factory.mktemp("alone")
-    run(sys.executable, "-m", "venv", folder).check_returncode()
-    install = (folder / "bin" / "pip", "install", "-q", "gunicorn", "-r")
+    run("uv", "venv", "--seed", "--python", sys.executable, folder).check_returncode()
+    python = "--python", folder / "bin" / "python"
+    install = "uv", "pip", "install", "--compile-bytecode", *python, "gunicorn", "-r"
     run(*install, ROOT / "requirements.txt").check_returncode()
     return folder / "bin"
 

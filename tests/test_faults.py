@@ -11,14 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import httpx
 import psutil
 import psycopg
 import pytest
-from support.command import missing, run
+from support.command import run
 from support.postgres import Postgres, change_url, fresh_database
 from support.service import Account, Service, statuses, until
 from support.wire import Wire
@@ -329,18 +328,6 @@ def test_the_database_refuses(
         (why,) = reasons(service)
         assert reason in why
         assert "refused@example.com" not in service.log
-
-
-def test_the_disk_is_full(postgres: Postgres, tables: str) -> None:
-    """The table's file becomes /dev/full, which is empty and has no space left."""
-    if not Path("/dev/full").exists():
-        missing("/dev/full (a device of Linux)")
-    file = postgres.data / ask(tables, "SELECT pg_relation_filepath('users')")
-    file.unlink()
-    file.symlink_to("/dev/full")
-    with Service(tables) as service:
-        assert_unavailable(service.register("full@example.com"))
-        assert "No space left on device" in reasons(service)[0]
 
 
 # --- Asked to end

@@ -203,7 +203,7 @@ def test_a_flood_of_anything_is_429(client: httpx.Client, other: httpx.Client) -
     assert other.get("/auth/me").status_code == 401
 
 
-# --- Lies, and what is not a request
+# --- Lies
 @pytest.mark.parametrize(
     "headers",
     [
@@ -221,25 +221,6 @@ def test_a_forged_address_is_not_believed(
         assert connection.recv(99).startswith(b"HTTP/1.1 401 ")
     assert lines_about(service, address)
     assert "203.0.113.9" not in service.log
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        b"no request\r\n\r\n",
-        head("GET /auth/me", "no header"),
-        head("GET /auth/me", "X: " + 60_000 * "x"),
-        head("POST /auth/login", CHUNKED) + b"no chunk\r\n",
-        head("GET /auth/me", CHUNKED, "Content-Length: 9"),
-    ],
-)
-def test_what_is_not_a_request_ends_at_nginx(
-    nginx: Nginx, service: Service, address: str, sent: bytes
-) -> None:
-    with nginx.connection(address) as connection:
-        connection.sendall(sent + b"\r\n")
-        assert connection.recv(99).startswith(b"HTTP/1.1 400 ")
-    assert not lines_about(service, address)
 
 
 def test_http_is_redirected(nginx: Nginx) -> None:

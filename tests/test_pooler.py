@@ -71,7 +71,7 @@ def test_the_suite_passes_at_another_server(postgres: TlsPostgres) -> None:
     with PgBouncer(postgres, pool=20) as pooler:
         url = change_url(pooler.url("postgres"), host="localhost")
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "2", "-k", chosen, *files],
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", chosen, *files],
             cwd=ROOT / "tests",
             env=os.environ | {"TEST_DATABASE_URL": url},
             capture_output=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support.command import ROOT, environment, free_port, run
+from support.command import ROOT, run
 from support.postgres import Postgres, TlsPostgres, change_url, fresh_database
 from support.service import Service, statuses, until
 
@@ -55,24 +55,6 @@ def test_the_loop_for_windows_serves_here_too(database: str) -> None:
     (loop,) = set(json.loads(f'["{PAGE.split("--loop ")[1].split("`")[0]}"]'))
     with Service(database, "--loop", loop) as service:
         assert service.me(service.account().token).status_code == 200
-
-
-def test_gunicorn_speaks_wsgi(database: str, tmp_path: Path) -> None:
-    port = free_port()
-    command = ["python", "-m", "gunicorn", "main:app", "--bind", f"127.0.0.1:{port}"]
-    log = tmp_path / "log"
-    with log.open("wb") as out:
-        settings = environment(database)
-        server = subprocess.Popen(command, cwd=ROOT, env=settings, stderr=out)
-    try:
-        until(lambda: "Listening at" in log.read_text())
-        assert run("curl", "-s", f"http://127.0.0.1:{port}/auth/me").returncode == 0
-        until(
-            lambda: "missing 1 required positional argument: 'send'" in log.read_text()
-        )
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def test_uv_keeps_and_installs_the_versions(tmp_path: Path) -> None:

