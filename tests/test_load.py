@@ -89,7 +89,7 @@ def test_a_flood_of_logins_on_one_process_and_on_four(database: str) -> None:
             count = int(options[1]) if options else 1
             until(lambda c=count: service.log.count("startup complete") == c)
             account = service.account()
-            served.append(flood(service, account, 120, 5))
+            served.append(flood(service, account, 120, 3))
             until(lambda a=account: service.login(a.email).status_code == 200)
     assert served[1] > 0.4 * served[0], served
 

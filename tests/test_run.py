@@ -60,7 +60,7 @@ def test_the_loop_for_windows_serves_here_too(database: str) -> None:
 def test_uv_keeps_and_installs_the_versions(tmp_path: Path) -> None:
     (compiled, synced) = re.findall("`(uv pip [^`]+)`", re.sub(r"\s+", " ", PAGE))
     lock = str(tmp_path / "requirements.lock")
-    run("python", "-m", "venv", tmp_path / ".venv").check_returncode()
+    run("uv", "venv", tmp_path / ".venv").check_returncode()
     for command in (compiled, f"{synced} --python {tmp_path}/.venv/bin/python"):
         typed = command.replace("requirements.lock", lock)
         done = run(*typed.split())
