@@ -23,8 +23,11 @@ print(CreateTable(User.__table__).compile(engine.sync_engine))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start the slowest files first, so that they do not run alone at the end."""
+    """Run a file in one process, the longest one in two, and the slowest files first."""
     items.sort(key=lambda item: item.path.name not in SLOWEST)
+    for number, item in enumerate(items):
+        part = number % 2 if item.path.name == "test_errors.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name}{part}"))
 
 
 @pytest.fixture(scope="session")
