@@ -50,6 +50,8 @@ if __name__ == "__main__":
         for module in sys.argv[1:]:
             # Tab completion gives a path, ./app/models.py, for the module app.models.
             path = Path(module.removesuffix(".py"))
+            if ".." in path.parts:
+                raise ValueError(f"{module} is not in this folder")
             import_module(".".join(path.parts))
         init_db()
     except SQLAlchemyError as error:

@@ -112,7 +112,7 @@ SITUATIONS = [
     row("Content Too Large", mistake="serve; post register $(printf 'a%.0s' {1..17000})"),
     row("Not Found", "Method Not Allowed", mistake='serve; post register/ "$ANN"; curl -sS $API/auth/login', fix='post register "$ANN" | grep ann@'),
     row("error: no tables created: table users lacks is_active", mistake='query "ALTER TABLE users DROP is_active"; $INIT', fix='query "DROP TABLE users"; $INIT'),
-    row("error: no tables created: No module named '…'", mistake="$INIT nots", fix="touch notes.py; $INIT notes"),
+    row("error: no tables created: No module named '…'", "error: no tables created: … is not in this folder", mistake="$INIT nots; $INIT ../notes.py", fix="touch notes.py; $INIT notes"),
     row("permission denied for schema public", mistake=f"{ROLE} query 'DROP TABLE users'; with $LOW", fix=f'query "GRANT CREATE ON SCHEMA public TO $ROLE"; with $LOW; {DROP_ROLE}'),
     row("Connection refused", mistake="with postgresql://ann@127.0.0.1:1/d"),
     row("failed to resolve host '…'", 'could not translate host name "…" to address', mistake="with postgresql://ann@nowhere.invalid/d; psql postgresql://a:b@c@127.0.0.1/d"),

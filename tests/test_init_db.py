@@ -153,6 +153,7 @@ def test_what_lies_beside_it_troubles_nobody(
         ("nowhere", "No module named 'nowhere'"),
         ("/nowhere.py", "No module named '/'"),
         ("app.nowhere", "No module named 'app.nowhere'"),
+        ("../notes.py", "../notes.py is not in this folder"),
     ],
 )
 def test_a_module_that_is_not_there(
