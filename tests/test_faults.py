@@ -173,6 +173,7 @@ def test_the_database_is_down_when_the_service_starts(
         assert_unavailable(service.register("early@example.com"))
         (reason,) = reasons(service)
         assert reason.endswith("Connection refused")
+        assert service.http.get("/docs").status_code == 200  # for health checks
     finally:
         postgres.start()
     with service:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
-from support.command import ROOT, run
+from support.command import ROOT, free_port, run
 from support.postgres import Postgres, TlsPostgres, change_url, fresh_database
 from support.service import Service, statuses, until
 
@@ -49,6 +49,23 @@ def test_limit_concurrency(database: str) -> None:
 def test_web_concurrency_starts_processes(database: str) -> None:
     with Service(database, WEB_CONCURRENCY="3") as service:
         until(lambda: service.log.count("Application startup complete") == 3)
+
+
+QUIET = """
+uvicorn main:app --port $PORT --log-level critical &
+until curl -so log $URL/docs; do sleep .1; done
+curl -s $URL/auth/login -H 'Content-Type: application/json' \\
+    -d '{"email": "nobody@example.com", "password": "a guess"}'
+kill $!; wait
+"""
+
+
+def test_the_log_level_is_uvicorn_s_alone(database: str, tmp_path: Path) -> None:
+    port = str(free_port())
+    here = {"PORT": port, "URL": f"http://127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
+    done = run("bash", "-c", QUIET, database=database, folder=tmp_path, **here)
+    (line,) = done.stderr.splitlines()
+    assert line.endswith(" INFO login refused: nobody@example.com")
 
 
 def test_the_loop_for_windows_serves_here_too(database: str) -> None:
